@@ -1,0 +1,1 @@
+"""What an engine is, and the three that Tunegate speaks to: vLLM, SGLang and LMDeploy."""

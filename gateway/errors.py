@@ -1,0 +1,153 @@
+"""Every error a client can meet. One leaf is one HTTP status and one OpenAI error type.
+
+    GatewayError
+    ├── InvalidRequest        400  invalid_request_error
+    ├── Unauthenticated       401  invalid_request_error   (code invalid_api_key)
+    ├── NotFound              404  invalid_request_error
+    │   └── ModelNotFound     404  invalid_request_error   (code model_not_found)
+    ├── MethodNotAllowed      405  invalid_request_error
+    ├── Conflict              409  invalid_request_error   (never retried: x-should-retry false)
+    ├── PayloadTooLarge       413  invalid_request_error
+    ├── RateLimited           429  rate_limit_error
+    ├── InternalError         500  server_error
+    ├── EngineError           502  server_error            (an engine broke off or answered nonsense)
+    ├── Unavailable           503  server_error            (nothing can take the request now)
+    ├── EngineTimeout         504  server_error
+    └── StorageFull           507  server_error
+
+A message says what was given, what is allowed and what to do.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class GatewayError(Exception):
+    """Base of all errors shown to a client. Subclasses set `status` and `type`."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+    should_retry: bool | None = None  # sent as x-should-retry when not None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+    def body(self) -> bytes:
+        """The OpenAI error object, encoded: all four keys are required by the SDK."""
+        return error_body(self.message, self.type, self.param, self.code)
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Headers that go with the error, beside content-type and x-request-id."""
+        if self.should_retry is None:
+            return []
+        return [(b"x-should-retry", b"true" if self.should_retry else b"false")]
+
+
+class InvalidRequest(GatewayError):
+    """The request is malformed or asks for what cannot be had."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class Unauthenticated(GatewayError):
+    """No API key, or one we do not know."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class NotFound(GatewayError):
+    """No such route or object."""
+
+    status = 404
+    type = "invalid_request_error"
+
+
+class ModelNotFound(NotFound):
+    """The `model` of a request names neither the base nor an adapter."""
+
+    code = "model_not_found"
+
+
+class MethodNotAllowed(GatewayError):
+    """The route exists, the method does not."""
+
+    status = 405
+    type = "invalid_request_error"
+
+
+class Conflict(GatewayError):
+    """The object's state forbids it. The SDK retries 409 unless told otherwise."""
+
+    status = 409
+    type = "invalid_request_error"
+    should_retry = False
+
+
+class PayloadTooLarge(GatewayError):
+    """A body above the configured limit."""
+
+    status = 413
+    type = "invalid_request_error"
+
+
+class RateLimited(GatewayError):
+    """Over a limit of requests or tokens."""
+
+    status = 429
+    type = "rate_limit_error"
+
+
+class InternalError(GatewayError):
+    """A defect of the gateway itself."""
+
+
+class EngineError(GatewayError):
+    """The engine closed the connection, or answered what is not HTTP or not JSON. It may have run."""
+
+    status = 502
+    should_retry = False
+
+
+class Unavailable(GatewayError):
+    """No replica can take the request now; nothing ran, so a retry is safe."""
+
+    status = 503
+
+
+class EngineTimeout(GatewayError):
+    """The engine did not answer in time. It may have run."""
+
+    status = 504
+    should_retry = False
+
+
+class StorageFull(GatewayError):
+    """The disk is full; nothing was kept."""
+
+    status = 507
+    should_retry = False
+
+
+class _ErrorObject(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _ErrorObject
+
+
+def error_body(message: str, type: str, param: str | None = None, code: str | None = None) -> bytes:
+    """Encode OpenAI's error object: `{"error": {message, type, param, code}}`."""
+    return msgspec.json.encode(_ErrorBody(_ErrorObject(message, type, param, code)))
