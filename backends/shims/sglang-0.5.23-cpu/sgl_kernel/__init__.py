@@ -1,0 +1,6 @@
+"""Stands in for `sgl_kernel`; see tunegate_sglang_cpu."""
+
+from tunegate_sglang_cpu import stand_in
+
+__version__ = "0.0.0+standin"
+__getattr__ = stand_in("sgl_kernel")
