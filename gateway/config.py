@@ -27,9 +27,9 @@ def home() -> Path:
     return Path(os.environ.get("TUNEGATE_HOME") or Path.home() / ".tunegate")
 
 
-def _option(default: Any, group: str, help: str, **rules: Any) -> Any:
-    """A field that is also a flag: its group and its help are the flag's."""
-    return Field(default=default, description=help, json_schema_extra={"group": group}, **rules)
+def _option(default: Any, group: str, help: str, envvar: str | None = None, **rules: Any) -> Any:
+    """A field that is also a flag: its group, help and environment variable are the flag's."""
+    return Field(default=default, description=help, json_schema_extra={"group": group, "envvar": envvar}, **rules)
 
 
 _MODEL, _ENGINE, _ADAPTERS, _SERVER = "Model", "Engine", "Adapters", "Server"
@@ -69,11 +69,16 @@ class ServeConfig(BaseModel):
     max_adapters: int = _option(16, _ADAPTERS, "Adapters kept loaded on a replica.", ge=0)
     max_adapter_rank: int = _option(DEFAULT_MAX_ADAPTER_RANK, _ADAPTERS, "Highest LoRA rank accepted.", ge=1)
     max_adapter_mb: int = _option(2048, _ADAPTERS, "Largest adapter upload, unpacked, in MB.", ge=1)
+    adapter_root: tuple[str, ...] = _option(
+        (), _ADAPTERS, "Directory that /v1/load_lora_adapter may read; repeatable. Default: `import` in --state."
+    )
 
     host: str = _option("127.0.0.1", _SERVER, "Address to listen on.")
     port: int = _option(8000, _SERVER, "Port to listen on.", ge=0, le=65535)
     relays: int = _option(1, _SERVER, "Relay processes that share the port.", ge=1, le=64)
-    api_key: tuple[str, ...] = _option((), _SERVER, "Key clients must send; repeatable. Default: open access.")
+    api_key: tuple[str, ...] = _option(
+        (), _SERVER, "Key clients must send; repeatable [$TUNEGATE_API_KEYS]. Default: open access.", "TUNEGATE_API_KEYS"
+    )
     max_body_mb: int = _option(16, _SERVER, "Largest inference request body, in MB.", ge=1)
     request_timeout_s: int = _option(600, _SERVER, "Longest silence of an engine within a request.", ge=1)
     drain_timeout_s: int = _option(30, _SERVER, "How long a stop waits for requests in flight.", ge=0)
@@ -87,7 +92,7 @@ class ServeConfig(BaseModel):
     @property
     def public_name(self) -> str:
         """The base model's name for clients."""
-        return self.model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+        return self.model_name or self.model.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
 
 
 Flags = Annotated[dict[str, Any], "flag name -> value given on the command line"]

@@ -30,6 +30,7 @@ class GatewayError(Exception):
     type = "server_error"
     code: str | None = None
     should_retry: bool | None = None  # sent as x-should-retry when not None
+    retry_after_s: int | None = None  # sent as retry-after when not None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -44,9 +45,12 @@ class GatewayError(Exception):
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Headers that go with the error, beside content-type and x-request-id."""
-        if self.should_retry is None:
-            return []
-        return [(b"x-should-retry", b"true" if self.should_retry else b"false")]
+        headers = []
+        if self.should_retry is not None:
+            headers.append((b"x-should-retry", b"true" if self.should_retry else b"false"))
+        if self.retry_after_s is not None:
+            headers.append((b"retry-after", b"%d" % self.retry_after_s))
+        return headers
 
 
 class InvalidRequest(GatewayError):
@@ -121,6 +125,7 @@ class Unavailable(GatewayError):
     """No replica can take the request now; nothing ran, so a retry is safe."""
 
     status = 503
+    retry_after_s = 1
 
 
 class EngineTimeout(GatewayError):

@@ -1,0 +1,1 @@
+"""Adapters as files: what an upload may hold, whether it fits the base, where it lies. No HTTP, no database."""

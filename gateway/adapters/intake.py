@@ -1,0 +1,57 @@
+"""From an upload to stored contents: unpack, read, check against engines and base, keep. All or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gateway.adapters.manifest import Server, check_served, parse_config, parse_manifest
+from gateway.adapters.package import CONFIG, MANIFEST, WEIGHTS, Limits, Part, unpack
+from gateway.adapters.shapes import BaseShapes, check_fit
+from gateway.adapters.storage import AdapterStorage, Stored
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What an adapter must meet to be served here."""
+
+    limits: Limits
+    servers: tuple[Server, ...]
+    base: BaseShapes
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A validated adapter in its final place."""
+
+    stored: Stored
+    rank: int
+    target_modules: tuple[str, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def take_in(parts: Sequence[Part], work: Path, rules: Rules, storage: AdapterStorage) -> Accepted:
+    """Validate the parts of one upload and store it. `work` is its staging directory.
+
+    Blocking: call it from a thread. Raises InvalidRequest, PayloadTooLarge, OSError; then nothing is stored.
+    """
+    directory = work / "unpacked"
+    directory.mkdir()
+    unpacked = unpack(parts, directory, rules.limits)
+    files = unpacked.files
+    config = parse_config(files[CONFIG])
+    for server in rules.servers:
+        check_served(config, server)
+    if MANIFEST in files:
+        parse_manifest(files[MANIFEST])
+    targets = check_fit(files[WEIGHTS], config, rules.base)
+    files[CONFIG].write_bytes(config.canonical)
+    metadata: dict[str, Any] = {}
+    if unpacked.skipped:
+        metadata["skipped_files"] = list(unpacked.skipped[:20])
+    if config.base_name:
+        # Only told: trainers write paths and hub ids here, which say little. The shapes decided.
+        metadata["trained_on"] = config.base_name
+    return Accepted(storage.commit(files), config.rank, targets, metadata)

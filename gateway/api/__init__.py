@@ -1,0 +1,1 @@
+"""The HTTP routes that are not inference. Thin: each parses, calls the service, and shapes the answer."""

@@ -1,0 +1,50 @@
+"""HTTP from the command line to a running gateway, with its errors shown as one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import httpx2
+
+
+class GatewayClient:
+    """Calls the gateway's API; every failure becomes a click error with the server's own message."""
+
+    def __init__(self, url: str, api_key: str | None) -> None:
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._url = url.rstrip("/")
+        self._http = httpx2.Client(base_url=self._url, headers=headers, timeout=httpx2.Timeout(10, read=600, write=600))
+
+    def call(self, method: str, path: str, **kwargs: Any) -> Any:
+        """The decoded JSON answer of one request. Raises click.ClickException."""
+        try:
+            response = self._http.request(method, path, **kwargs)
+        except httpx2.HTTPError as error:
+            raise click.ClickException(
+                f"no answer from {self._url} ({error}); start it with `gateway serve`, or name it by --url"
+            ) from error
+        if response.is_error:
+            raise click.ClickException(_message(response))
+        return response.json()
+
+
+def _message(response: httpx2.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{response.request.url} answered {response.status_code}: {response.text[:200]}"
+
+
+def connection_options(command: Any) -> Any:
+    """Add --url and --api-key (or $TUNEGATE_URL, $TUNEGATE_API_KEY) and pass a ready `client`."""
+    command = click.option("--api-key", envvar="TUNEGATE_API_KEY", help="Key of the gateway [$TUNEGATE_API_KEY].")(
+        command
+    )
+    return click.option(
+        "--url",
+        envvar="TUNEGATE_URL",
+        default="http://127.0.0.1:8000",
+        show_default=True,
+        help="The running gateway [$TUNEGATE_URL].",
+    )(command)

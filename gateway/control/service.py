@@ -1,0 +1,160 @@
+"""What the API does with adapters: take in, show, delete."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backends.spec import AdapterLoading
+from gateway.adapters.intake import Accepted, Rules, take_in
+from gateway.adapters.manifest import Server
+from gateway.adapters.names import check_name, parse_reference, pinned
+from gateway.adapters.package import Limits, Part
+from gateway.adapters.shapes import BaseShapes, UnknownBase, read_base
+from gateway.adapters.storage import AdapterStorage
+from gateway.control import views
+from gateway.control.catalog import Adapter, Version
+from gateway.control.core import Core
+from gateway.errors import Conflict, InvalidRequest, ModelNotFound, NotFound, Unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the configuration allows of adapters."""
+
+    base: str  # the base model's public name
+    base_path: Path | None  # its checkpoint; None when only the attached engine knows it
+    slots: int  # adapters in one batch; 0: serving without adapters
+    max_rank: int
+    max_upload_bytes: int
+
+
+class Service:
+    """Adapters of one gateway, for the routes."""
+
+    def __init__(self, core: Core, storage: AdapterStorage, policy: Policy, created: int) -> None:
+        """created: when the base model came to be, seconds since the epoch."""
+        self.core = core
+        self.storage = storage
+        self.policy = policy
+        self._created = created
+        self._base_shapes: BaseShapes | None = None
+
+    def check_upload(self, name: str, base: str | None) -> None:
+        """Refuse what would be refused whatever the files hold. Raises GatewayErrors."""
+        check_name(name, frozenset({self.policy.base}))
+        if base not in (None, "", self.policy.base):
+            raise InvalidRequest(
+                f"base {base!r} is not served here; serve it, or leave base out for {self.policy.base!r}", param="base"
+            )
+        self._servers()
+
+    async def upload(self, name: str, parts: Sequence[Part], work: Path, wait_s: float) -> tuple[dict[str, Any], bool]:
+        """Validate, store, load everywhere; the adapter object and whether the version is new.
+
+        work: the upload's staging directory. Returns after `wait_s` with the state reached until then. An adapter that
+        engines refuse is forgotten again. Raises GatewayErrors, OSError.
+        """
+        rules = Rules(Limits(self.policy.max_upload_bytes), self._servers(), await self._shapes())
+        async with self.core.registry.contents_lock:
+            accepted: Accepted = await asyncio.to_thread(take_in, parts, work, rules, self.storage)
+            version, new = await self.core.registry.admit(name, self.policy.base, accepted)
+        await self.core.wait_for(functools.partial(self._settled, version), wait_s)
+        shown = self._show(version)
+        if new and shown["state"] == views.FAILED:
+            await self.core.registry.withdraw(version)
+            raise InvalidRequest(
+                f"the engine refused the adapter: {shown['reason']}", param="file", code="adapter_refused"
+            )
+        if shown["state"] == views.READY:
+            await self.core.published()
+        return self._show(version), new
+
+    def list_adapters(self) -> list[dict[str, Any]]:
+        """One object a name: of the version that the name stands for."""
+        return [self._show(adapter.shown) for adapter in self.core.registry.adapters.values()]
+
+    def adapter(self, reference: str) -> dict[str, Any]:
+        """The object of `name` or `name@vN`. Raises NotFound."""
+        version = self.core.registry.find(*parse_reference(reference))
+        if version is None:
+            raise NotFound(f"no adapter {reference!r}; GET /v1/adapters lists them", param="name")
+        return self._show(version)
+
+    async def delete(self, name: str) -> None:
+        """Take the name out of the relays' routing, then forget it; replicas unload what nothing else names.
+
+        Requests in flight finish. Raises NotFound, InvalidRequest.
+        """
+        if name == self.policy.base:
+            raise InvalidRequest(f"{name!r} is the base model, which cannot be deleted; adapters can")
+        if name not in self.core.registry.adapters:
+            bare, number = parse_reference(name)
+            if number is not None and bare in self.core.registry.adapters:
+                raise InvalidRequest(f"versions are not deleted one by one; delete {bare!r} with all its versions")
+            raise ModelNotFound(f"no adapter {name!r}; GET /v1/adapters lists them")
+        await self.core.registry.delete(name)
+        await self.core.published()
+
+    def models(self) -> list[dict[str, Any]]:
+        """The base model, and every adapter by its name."""
+        base = views.base_model(self.policy.base, self._created, self.core.replicas)
+        adapters = self.core.registry.adapters.values()
+        return [base, *(views.adapter_model(adapter.name, adapter.shown, base) for adapter in adapters)]
+
+    def model(self, reference: str) -> dict[str, Any]:
+        """One model, by any name that can be called. Raises ModelNotFound."""
+        base = views.base_model(self.policy.base, self._created, self.core.replicas)
+        if reference == self.policy.base:
+            return base
+        version = self.core.registry.find(*parse_reference(reference))
+        if version is None:
+            raise ModelNotFound(f"The model `{reference[:200]}` does not exist; GET /v1/models lists the names")
+        return views.adapter_model(reference, version, base)
+
+    def _show(self, version: Version) -> dict[str, Any]:
+        registry = self.core.registry
+        adapter = registry.adapters.get(version.name)
+        latest = adapter.versions.get(version.version) if adapter else None
+        if adapter is None or latest is None:
+            raise Conflict(f"{pinned(version.name, version.version)} was deleted meanwhile")
+        return views.adapter(adapter, latest, self.core.replicas, registry.desired)
+
+    def _settled(self, version: Version) -> bool:
+        """Whether nothing more is to be awaited for a version: it is ready and current, failed, or gone."""
+        adapter: Adapter | None = self.core.registry.adapters.get(version.name)
+        if adapter is None or version.version not in adapter.versions:
+            return True
+        state = self._show(version)["state"]
+        return state == views.FAILED or (state == views.READY and (adapter.current or 0) >= version.version)
+
+    def _servers(self) -> tuple[Server, ...]:
+        """The kinds of engine that would serve an adapter. Raises InvalidRequest, Unavailable."""
+        own = self.core.setup.backend
+        backends = {replica.backend for replica in self.core.replicas if replica.backend} | ({own} if own else set())
+        if not backends:
+            raise Unavailable("no engine has answered yet, so it is not known which adapters can be served")
+        if not self.policy.slots or any(b.capabilities.adapter_loading is AdapterLoading.NONE for b in backends):
+            raise InvalidRequest(
+                "this gateway serves without adapters; restart it with --adapter-slots 1 or more",
+                code="adapters_off",
+            )
+        return tuple(Server(backend.name, backend.capabilities, self.policy.max_rank) for backend in backends)
+
+    async def _shapes(self) -> BaseShapes:
+        if self._base_shapes is None:
+            if self.policy.base_path is None:
+                raise InvalidRequest(
+                    "the base's shapes are not known, and engines die of adapters that do not fit: restart with "
+                    "--model DIR, the checkpoint that the attached engine serves",
+                    code="unknown_base",
+                )
+            try:
+                self._base_shapes = await asyncio.to_thread(read_base, self.policy.base_path, self.policy.base)
+            except UnknownBase as error:
+                raise InvalidRequest(str(error), code="unknown_base") from error
+        return self._base_shapes

@@ -1,0 +1,256 @@
+"""The registry in a database: SQLite beside the state, or PostgreSQL by URL. Blocking: call it from a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import alembic.command
+import alembic.config
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Engine,
+    ForeignKey,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    delete,
+    event,
+    make_url,
+)
+from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+
+from gateway.config import ConfigError
+from gateway.control.catalog import Adapter, Version, VersionState
+from gateway.errors import StorageFull
+
+_BUSY_TIMEOUT_S = 30
+_SNAPSHOT = "snapshot"
+
+
+class StoreUnavailable(Exception):
+    """The database cannot be reached or opened now; the message says why."""
+
+
+class _Base(DeclarativeBase):
+    pass
+
+
+class _AdapterRow(_Base):
+    __tablename__ = "adapters"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    current_version: Mapped[int | None]
+    last_version: Mapped[int]  # numbers are not given twice
+    created_at: Mapped[int]
+    versions: Mapped[list[_VersionRow]] = relationship(
+        order_by="_VersionRow.version", lazy="selectin", cascade="all, delete-orphan", passive_deletes=True
+    )
+
+
+class _VersionRow(_Base):
+    __tablename__ = "adapter_versions"
+    __table_args__ = (UniqueConstraint("adapter_name", "sha256"),)
+
+    adapter_name: Mapped[str] = mapped_column(ForeignKey("adapters.name", ondelete="CASCADE"), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    content_id: Mapped[str] = mapped_column(index=True)
+    sha256: Mapped[str]
+    base: Mapped[str] = mapped_column(Text)
+    rank: Mapped[int]
+    target_modules: Mapped[list[str]] = mapped_column(JSON)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[int]
+    state: Mapped[str]
+    reason: Mapped[str] = mapped_column(Text)
+    details: Mapped[dict[str, Any]] = mapped_column("metadata", JSON)
+
+
+class _CounterRow(_Base):
+    __tablename__ = "counters"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[int] = mapped_column(BigInteger)
+
+
+@dataclass(frozen=True, slots=True)
+class NewVersion:
+    """A version to register; the store gives it its number."""
+
+    content_id: str
+    sha256: str
+    base: str
+    rank: int
+    target_modules: tuple[str, ...]
+    size_bytes: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Store:
+    """Adapters, versions and counters. Every method is one transaction, and raises StorageFull on a full disk."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = _engine(url)
+
+    def migrate(self) -> None:
+        """Bring the schema up to date; nothing happens when it is. Raises StoreUnavailable, StorageFull."""
+        config = alembic.config.Config()
+        config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+        try:
+            with _full_disk_is_an_error(), self._engine.begin() as connection:
+                config.attributes["connection"] = connection
+                alembic.command.upgrade(config, "head")
+        except OperationalError as error:
+            raise StoreUnavailable(f"the registry {self._engine.url!r} cannot be opened: {error.orig}") from error
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._engine.dispose()
+
+    def adapters(self) -> dict[str, Adapter]:
+        """All adapters by name."""
+        with self._session() as session:
+            return {row.name: _adapter(row) for row in session.query(_AdapterRow).order_by(_AdapterRow.name)}
+
+    def add_version(self, name: str, new: NewVersion) -> Adapter:
+        """Register a version, the adapter with it when the name is new."""
+        now = int(time.time())
+        with self._session() as session:
+            row = session.get(_AdapterRow, name)
+            if row is None:
+                row = _AdapterRow(name=name, current_version=None, last_version=0, created_at=now, versions=[])
+                session.add(row)
+            row.last_version += 1
+            row.versions.append(
+                _VersionRow(
+                    version=row.last_version,
+                    content_id=new.content_id,
+                    sha256=new.sha256,
+                    base=new.base,
+                    rank=new.rank,
+                    target_modules=list(new.target_modules),
+                    size_bytes=new.size_bytes,
+                    created_at=now,
+                    state=VersionState.VALIDATED,
+                    reason="",
+                    details=new.metadata,
+                )
+            )
+            session.flush()
+            return _adapter(row)
+
+    def set_state(self, version: Version, state: VersionState, reason: str = "") -> Adapter | None:
+        """Record what is known of a version; None when it is gone."""
+        with self._session() as session:
+            row = session.get(_VersionRow, (version.name, version.version))
+            if row is None:
+                return None
+            row.state, row.reason = state, reason
+            return _adapter(session.get_one(_AdapterRow, version.name))
+
+    def set_current(self, version: Version) -> Adapter | None:
+        """Point the name to this version; None when it is gone."""
+        with self._session() as session:
+            row = session.get(_AdapterRow, version.name)
+            if row is None or session.get(_VersionRow, (version.name, version.version)) is None:
+                return None
+            row.current_version = version.version
+            return _adapter(row)
+
+    def delete(self, name: str) -> Adapter | None:
+        """Forget an adapter with all its versions; unknown names are fine. Nothing is left of it: None."""
+        with self._session() as session:
+            session.execute(delete(_AdapterRow).where(_AdapterRow.name == name))
+            return None
+
+    def delete_version(self, version: Version) -> Adapter | None:
+        """Forget one version, and the adapter with its last one. Returns what is left of the adapter."""
+        with self._session() as session:
+            row = session.get(_AdapterRow, version.name)
+            if row is None:
+                return None
+            row.versions = [kept for kept in row.versions if kept.version != version.version]
+            if row.current_version == version.version:
+                row.current_version = None
+            if row.versions:
+                session.flush()
+                return _adapter(row)
+            session.delete(row)
+            return None
+
+    def reserve_snapshot_versions(self, count: int) -> int:
+        """The first of `count` numbers that were never reserved before, over restarts too."""
+        with self._session() as session:
+            row = session.get(_CounterRow, _SNAPSHOT, with_for_update=True)
+            if row is None:
+                row = _CounterRow(name=_SNAPSHOT, value=1)
+                session.add(row)
+            first = row.value
+            row.value = first + count
+            return first
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[Session]:
+        with _full_disk_is_an_error(), Session(self._engine) as session, session.begin():
+            yield session
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parsed = make_url(url)
+        if parsed.drivername in ("postgresql", "postgres"):
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        engine = create_engine(parsed, connect_args={"timeout": _BUSY_TIMEOUT_S} if _is_sqlite(parsed) else {})
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--database-url: {error}; for PostgreSQL install `tunegate[postgres]`") from error
+    except ArgumentError as error:  # not with the URL: it may hold a password
+        raise ConfigError(f"--database-url is no SQLAlchemy URL of SQLite or PostgreSQL: {error}") from error
+    if _is_sqlite(parsed):
+        event.listen(engine, "connect", _configure_sqlite)
+    return engine
+
+
+def _is_sqlite(url: Any) -> bool:
+    return str(url.get_backend_name()) == "sqlite"
+
+
+def _configure_sqlite(connection: Any, _: Any) -> None:
+    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+@contextlib.contextmanager
+def _full_disk_is_an_error() -> Iterator[None]:
+    try:
+        yield
+    except OperationalError as error:
+        if "disk is full" not in str(error.orig) and "No space left" not in str(error.orig):
+            raise
+        raise StorageFull("the registry's disk is full; nothing was kept. Free space and try again") from error
+
+
+def _adapter(row: _AdapterRow) -> Adapter:
+    return Adapter(row.name, row.current_version, {version.version: _version(version) for version in row.versions})
+
+
+def _version(row: _VersionRow) -> Version:
+    return Version(
+        name=row.adapter_name,
+        version=row.version,
+        content_id=row.content_id,
+        sha256=row.sha256,
+        base=row.base,
+        rank=row.rank,
+        target_modules=tuple(row.target_modules),
+        size_bytes=row.size_bytes,
+        created_at=row.created_at,
+        state=VersionState(row.state),
+        reason=row.reason,
+        metadata=row.details,
+    )

@@ -1,0 +1,106 @@
+"""What the API shows: registry and replicas as JSON-ready dictionaries. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gateway.adapters.names import pinned
+from gateway.control.catalog import Adapter, Version, VersionState
+from gateway.control.replica import AdapterState, AdapterStatus, Replica
+
+UNLOADED, FAILED, READY, VALIDATED = "unloaded", "failed", "ready", "validated"
+STATES = (VALIDATED, *AdapterState, UNLOADED)
+_IN_PROGRESS = (AdapterState.LOADING, AdapterState.VERIFYING, AdapterState.DRAINING)
+
+
+def adapter(adapter: Adapter, version: Version, replicas: Sequence[Replica], desired: Sequence[str]) -> dict[str, Any]:
+    """The adapter object of one version."""
+    statuses = [(replica, on_replica(version, replica, desired)) for replica in replicas]
+    state, reason = overall(version, [(replica.id, *status) for replica, status in statuses if replica.takes_part])
+    return {
+        "id": pinned(version.name, version.version),
+        "object": "adapter",
+        "name": version.name,
+        "version": version.version,
+        "current": version.version == adapter.current,
+        "versions": list(adapter.versions),
+        "base": version.base,
+        "rank": version.rank,
+        "target_modules": list(version.target_modules),
+        "bytes": version.size_bytes,
+        "created_at": version.created_at,
+        "state": state,
+        "reason": reason or None,
+        "replicas": [
+            {"id": replica.id, "state": state, "reason": reason or None} for replica, (state, reason) in statuses
+        ],
+        "sha256": version.sha256,
+        "metadata": dict(version.metadata),
+    }
+
+
+def on_replica(version: Version, replica: Replica, desired: Sequence[str]) -> tuple[str, str]:
+    """State and reason of a version on one replica."""
+    status: AdapterStatus | None = replica.adapters.get(version.content_id)
+    if status is not None:
+        return status.state, status.reason
+    if version.state is VersionState.FAILED:
+        return FAILED, version.reason
+    if not replica.answers:
+        why = replica.reason if replica.takes_part else f"{replica.id} is {replica.state}"
+        return (AdapterState.LOADING if replica.takes_part else UNLOADED), why
+    if version.content_id not in desired:
+        return UNLOADED, "newer adapters fill --max-adapters"
+    return AdapterState.LOADING, ""
+
+
+def overall(version: Version, on_replicas: Sequence[tuple[str, str, str]]) -> tuple[str, str]:
+    """State and reason over the replicas (id, state, reason) that take part: ready means ready on all of them."""
+    if version.state is VersionState.FAILED:
+        return FAILED, version.reason
+    if not on_replicas:
+        return VALIDATED, "no replica is ready yet"
+    if all(state == READY for _, state, _ in on_replicas):
+        return READY, ""
+    for wanted in (*_IN_PROGRESS, FAILED, UNLOADED):
+        found = [(id, reason) for id, state, reason in on_replicas if state == wanted]
+        if found:
+            return wanted, "; ".join(f"{id}: {reason}" for id, reason in found if reason)
+    raise AssertionError(f"unknown adapter states: {on_replicas}")
+
+
+def replica(replica: Replica) -> dict[str, Any]:
+    """One replica, for the operator."""
+    endpoint = replica.endpoint
+    return {
+        "id": replica.id,
+        "object": "replica",
+        "backend": replica.backend.name if replica.backend else None,
+        "state": replica.state,
+        "reason": replica.reason or None,
+        "restarts": replica.restarts,
+        "url": endpoint.url if endpoint else None,
+        "adapters": [
+            {"id": name, "state": status.state, "reason": status.reason or None}
+            for name, status in sorted(replica.adapters.items())
+        ],
+    }
+
+
+def base_model(name: str, created: int, replicas: Sequence[Replica]) -> dict[str, Any]:
+    """The model object of the base."""
+    card: dict[str, Any] = {"id": name, "object": "model", "created": created, "owned_by": "tunegate"}
+    card |= {"root": name, "parent": None}
+    lengths = [replica.max_model_len for replica in replicas if replica.max_model_len]
+    return card | ({"max_model_len": min(lengths)} if lengths else {})
+
+
+def adapter_model(name: str, version: Version, base: dict[str, Any]) -> dict[str, Any]:
+    """The model object of an adapter's name; what holds for the base holds for it."""
+    return base | {
+        "id": name,
+        "created": version.created_at,
+        "root": pinned(version.name, version.version),
+        "parent": base["id"],
+    }

@@ -1,0 +1,96 @@
+"""`python -m gateway.relay`: one relay process on a listening socket that its parent opened."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from gateway.observe.cells import Cells, Peers
+from gateway.observe.log import AccessLog
+from gateway.relay.account import Meter
+from gateway.relay.app import App
+from gateway.relay.forward import Limits
+from gateway.relay.link import follow
+from gateway.relay.server import Server
+
+_PR_SET_PDEATHSIG = 1
+_TICK_S = 1.0
+
+
+def main() -> None:
+    """Serve until SIGTERM, then drain."""
+    args = _arguments()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    with socket.socket(fileno=args.fd) as listener:
+        listener.setblocking(False)
+        uvloop.run(_serve(args, listener))
+
+
+async def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    cells = {index: args.run_dir / f"relay-{index}.cells" for index in range(args.relays)}
+    own = Cells(cells.pop(args.index))
+    log = AccessLog(sys.stderr.fileno(), loop)
+    meter = Meter(own, Peers(cells), args.index, log.add)
+    app = App(loop, meter, Limits(args.max_body_bytes, args.request_timeout_s), args.run_dir, _note)
+    server = Server(app.handle, loop)
+    _every_second(loop, (app.tick, server.tick))
+    link = loop.create_task(follow(args.run_dir / "snapshots.sock", args.index, app.apply, _note))
+    gc.collect()
+    gc.freeze()  # what is here stays: no collection needs to look at it again
+    await server.start(listener)
+    await stopping.wait()
+    await server.drain(args.drain_timeout_s)
+    link.cancel()
+    meter.tick()
+    log.flush()
+
+
+def _every_second(loop: asyncio.AbstractEventLoop, calls: tuple[Callable[[], None], ...]) -> None:
+    """One timer for all that waits: silence, idle connections, CPU time. Requests have none of their own."""
+
+    def tick() -> None:
+        loop.call_later(_TICK_S, tick)
+        for call in calls:
+            call()
+
+    loop.call_later(_TICK_S, tick)
+
+
+def _note(text: str) -> None:
+    """A line for the operator, among the access log's."""
+    os.write(sys.stderr.fileno(), msgspec.json.encode({"ts": time.time(), "note": text}) + b"\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gateway.relay", description=__doc__)
+    parser.add_argument("--index", type=int, required=True, help="which of the relays this is, from 0")
+    parser.add_argument("--relays", type=int, default=1, help="how many there are")
+    parser.add_argument("--fd", type=int, required=True, help="the listening socket, inherited")
+    parser.add_argument("--run-dir", type=Path, required=True, help="where the sockets and cells are")
+    parser.add_argument("--max-body-bytes", type=int, default=16_000_000)
+    parser.add_argument("--request-timeout-s", type=int, default=600)
+    parser.add_argument("--drain-timeout-s", type=int, default=30)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Counting: what is in flight, and what each request came to. A count is a store into a cell."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+
+from gateway.observe import series
+from gateway.observe.cells import IN_FLIGHT_ROW, Cells, CellsFull, Peers
+from gateway.observe.log import Access
+from gateway.relay.http import Request
+from gateway.relay.route import Engine
+
+_OTHER_MODELS = "(other)"  # where a model is counted for which there is no room
+
+_TTFT_BOUNDS = series.TTFT.bounds
+_TOKEN_TIME_BOUNDS = series.TOKEN_TIME.bounds
+_DURATION_BOUNDS = series.DURATION.bounds
+
+
+class ModelCells:
+    """Where one model's counts are."""
+
+    __slots__ = (
+        "completion_tokens",
+        "disconnects",
+        "duration",
+        "label",
+        "prompt_tokens",
+        "requests",
+        "token_time",
+        "ttft",
+    )
+
+    def __init__(self, cells: Cells, label: str) -> None:
+        """Raises CellsFull."""
+        self.label = label
+        self.prompt_tokens = cells.series(series.PROMPT_TOKENS, label)
+        self.completion_tokens = cells.series(series.COMPLETION_TOKENS, label)
+        self.ttft = cells.series(series.TTFT, label)
+        self.token_time = cells.series(series.TOKEN_TIME, label)
+        self.duration = cells.series(series.DURATION, label)
+        self.disconnects = cells.series(series.DISCONNECTS, label)
+        self.requests: dict[tuple[str, int], int] = {}  # (route, status) -> cell
+
+
+class Meter:
+    """One relay's counters and its access log."""
+
+    def __init__(self, cells: Cells, peers: Peers, relay: int, log: Callable[[Access], None]) -> None:
+        self._cells = cells
+        self._values = cells.values
+        self._peers = peers
+        self._log = log
+        self._models: dict[str, ModelCells] = {}
+        self._plain: dict[tuple[str, int], int] = {}
+        self._other = ModelCells(cells, _OTHER_MODELS)
+        self._keepalives = cells.series(series.KEEPALIVES, str(relay))
+        self._cpu = cells.series(series.RELAY_CPU, str(relay))
+        self._cpu_before_us = self._values[self._cpu]
+
+    # In flight
+
+    def name_replica(self, row: int, replica_id: str) -> None:
+        """Which replica a row stands for, from now on. Raises CellsFull."""
+        self._cells.name_row(series.IN_FLIGHT, row, replica_id)
+
+    def enter(self, engine: Engine) -> None:
+        """A request goes to `engine`; matched by exactly one `leave`."""
+        self._values[IN_FLIGHT_ROW + engine.row] += 1
+
+    def leave(self, engine: Engine) -> None:
+        """It is over."""
+        self._values[IN_FLIGHT_ROW + engine.row] -= 1
+
+    def look(self, now_s: float) -> None:
+        """Bring the other relays' share of `in_flight` up to date. now_s: monotonic."""
+        self._peers.read(now_s)
+
+    def in_flight(self, row: int) -> int:
+        """Requests at a replica, of all relays; ours as of now, the others' as of the last look."""
+        return self._values[IN_FLIGHT_ROW + row] + self._peers.in_flight(row)
+
+    # Events
+
+    def keepalive(self) -> None:
+        """A comment was sent on a silent stream."""
+        self._values[self._keepalives] += 1
+
+    def upstream_error(self, engine: Engine, kind: str) -> None:
+        """A replica failed. kind: one of those that the metric's help lists."""
+        try:
+            self._values[self._cells.series(series.UPSTREAM_ERRORS, engine.id, kind)] += 1
+        except CellsFull:
+            return  # the request itself is still counted
+
+    def tick(self) -> None:
+        """A second has passed."""
+        self._values[self._cpu] = self._cpu_before_us + round(time.process_time() * series.MICROSECONDS)
+        self._peers.find()
+
+    # Requests
+
+    def model(self, label: str) -> ModelCells:
+        """The cells of a model that exists; names that do not must never come here."""
+        model = self._models.get(label)
+        if model is None:
+            try:
+                model = ModelCells(self._cells, label)
+            except CellsFull:
+                model = self._other
+            self._models[label] = model
+        return model
+
+    def plain(self, request: Request, route: str, status: int, outcome: str, model: str | None = None) -> None:
+        """A request that went to no engine. model: for the log only."""
+        key = (route, status)
+        cell = self._plain.get(key)
+        if cell is None:
+            cell = self._plain[key] = self._request_cell(route, "", status)
+        self._values[cell] += 1
+        duration_ms = round((time.monotonic() - request.started_s) * 1e3, 3)
+        self._log(
+            Access(
+                time.time(), request.id.decode(), request.key_id, route, model, None, status, False, None, None, None,
+                duration_ms, outcome,
+            )
+        )  # fmt: skip
+
+    def inference(
+        self,
+        request: Request,
+        route: str,
+        model: ModelCells,
+        replica: str | None,
+        status: int,
+        outcome: str,
+        stream: bool,
+        prompt_tokens: int | None,
+        completion_tokens: int | None,
+        first_s: float,
+    ) -> None:
+        """A request for a model that exists. first_s: when its first event came (monotonic), 0 if none did."""
+        now_s = time.monotonic()
+        duration_s = now_s - request.started_s
+        values = self._values
+        cell = model.requests.get((route, status))
+        if cell is None:
+            cell = model.requests[route, status] = self._request_cell(route, model.label, status)
+        values[cell] += 1
+        _observe(values, model.duration, _DURATION_BOUNDS, int(duration_s * 1e6))
+        if prompt_tokens:
+            values[model.prompt_tokens] += prompt_tokens
+        if completion_tokens:
+            values[model.completion_tokens] += completion_tokens
+        if status == 499:
+            values[model.disconnects] += 1
+        ttft_ms = None
+        if first_s:
+            ttft_s = first_s - request.started_s
+            ttft_ms = round(ttft_s * 1e3, 3)
+            _observe(values, model.ttft, _TTFT_BOUNDS, int(ttft_s * 1e6))
+            if completion_tokens is not None and completion_tokens > 1 and outcome == "ok":
+                each_us = int((now_s - first_s) * 1e6 / (completion_tokens - 1))
+                _observe(values, model.token_time, _TOKEN_TIME_BOUNDS, each_us)
+        self._log(
+            Access(
+                time.time(), request.id.decode(), request.key_id, route, model.label, replica, status, stream,
+                prompt_tokens, completion_tokens, ttft_ms, round(duration_s * 1e3, 3), outcome,
+            )
+        )  # fmt: skip
+
+    def _request_cell(self, route: str, label: str, status: int) -> int:
+        try:
+            return self._cells.series(series.REQUESTS, route, label, str(status))
+        except CellsFull:
+            return self._cells.series(series.REQUESTS, "(other)", _OTHER_MODELS, "0")
+
+
+def _observe(values: memoryview, first: int, bounds: tuple[int, ...], value: int) -> None:
+    """Count `value` in its bucket and in the sum, which follows the +Inf bucket."""
+    values[first + bisect_left(bounds, value)] += 1
+    values[first + len(bounds) + 1] += value

@@ -1,0 +1,314 @@
+"""Adapters on replicas: loaded, verified, mended, unloaded, whatever the engines do."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from backends import upstream
+from gateway.control.catalog import VersionState
+from gateway.control.replica import AdapterState, AdapterStatus, State
+from gateway.errors import Conflict, InvalidRequest
+from tests.unit.control.conftest import Start, World, until
+
+
+async def test_upload_is_loaded_verified_and_published(start: Start) -> None:
+    async with start(replicas=2) as world:
+        shown, new = await world.upload("pirate")
+        assert (new, shown["state"], shown["current"]) == (True, "ready", True)
+        content_id = world.content_id("pirate")
+        assert world.model("pirate").engine_models == {"r0": content_id, "r1": content_id}
+        assert world.model("pirate") == msgspec.structs.replace(world.model("pirate@v1"), id="pirate")
+        for host in world.hosts:
+            assert host.calls == [f"load {content_id}", f"ask {content_id}"]
+        assert repr(world.replicas[0]) == f"<Replica r0 vllm ready: {content_id} ready>"
+
+
+async def test_base_is_served_while_an_adapter_is_loaded(start: Start) -> None:
+    async with start() as world:
+        world.script.hangs_loading = True
+        shown, _ = await world.upload("slow", wait_s=0.1)
+        assert shown["state"] == "loading"
+        assert world.model("base").engine_models == {"r0": "base"}
+        assert world.model("slow").unready_reason == "it is loading on r0"
+
+
+async def test_new_version_takes_over_when_it_is_ready_everywhere(start: Start) -> None:
+    async with start(replicas=2) as world:
+        await world.upload("pirate", seed=1)
+        first = world.content_id("pirate")
+        world.hosts[1].script.busy = True
+        shown, new = await world.upload("pirate", seed=2, wait_s=0.2)
+        second = world.content_id("pirate")
+        assert (new, shown["version"], shown["current"], shown["state"]) == (True, 2, False, "verifying")
+        assert set(world.model("pirate").engine_models.values()) == {first}
+        assert world.model("pirate@v2").engine_models == {"r0": second}
+        world.hosts[1].script.busy = False
+        await until(lambda: set(world.model("pirate").engine_models.values()) == {second})
+        assert set(world.model("pirate@v1").engine_models.values()) == {first}
+
+
+async def test_the_same_bytes_are_one_version(start: Start) -> None:
+    async with start() as world:
+        first, _ = await world.upload("pirate")
+        again, new = await world.upload("pirate")
+        assert (again, new) == (first, False)
+        other, new = await world.upload("corsair")
+        assert (other["sha256"], other["id"], new) == (first["sha256"], "corsair@v1", True)
+        assert world.hosts[0].calls.count(f"load {world.content_id('pirate')}") == 1
+
+
+async def test_engine_that_says_200_and_does_not_have_it(start: Start) -> None:
+    async with start() as world:
+        world.script.forgets = True
+        with pytest.raises(InvalidRequest, match=r"said that it loaded a-.*, and does not list it"):
+            await world.upload("ghost")
+        assert world.core.registry.adapters == {}
+        await until(lambda: list((world.state / "adapters").iterdir()) == [])
+
+
+async def test_engine_refuses(start: Start) -> None:
+    async with start(replicas=2) as world:
+        for host in world.hosts:
+            host.script.rejects = "LoRA rank 64 is greater than max_lora_rank 16."
+        with pytest.raises(InvalidRequest) as caught:
+            await world.upload("big")
+        assert "LoRA rank 64 is greater than max_lora_rank 16." in caught.value.message
+        assert caught.value.code == "adapter_refused"
+        assert world.core.registry.adapters == {}
+        # Only one replica was asked: what no engine has taken yet is tried on one at a time.
+        assert sum(len(host.calls) for host in world.hosts) == 1
+
+
+async def test_first_request_fails(start: Start) -> None:
+    async with start() as world:
+        world.script.fails_answering = True
+        with pytest.raises(InvalidRequest, match="answered the first request with it by 500: size mismatch"):
+            await world.upload("broken")
+        await until(lambda: world.hosts[0].calls[-1].startswith("unload"))
+        assert world.hosts[0].engine.adapters == {}
+
+
+async def test_adapter_that_kills_engines_is_condemned_after_two(start: Start) -> None:
+    async with start(replicas=2) as world:
+        for host in world.hosts:
+            host.script.dies_answering = True
+        with pytest.raises(InvalidRequest, match="died or hung 2 times"):
+            await world.upload("killer")
+        await world.ready()
+        assert sum(len(host.engines) for host in world.hosts) == 4
+        assert sum(call.startswith("load ") for host in world.hosts for call in host.calls) == 2
+
+
+async def test_condemned_adapter_is_not_tried_after_a_restart_of_control(start: Start) -> None:
+    async with start(verify_s=0.2) as world:
+        world.script.dies_loading = True
+        shown, _ = await world.upload("killer", wait_s=0.0)
+        assert shown["state"] != "ready"
+        await until(lambda: world.core.registry.adapters["killer"].newest.state is VersionState.FAILED)
+    async with start() as world:
+        await asyncio.sleep(0.05)
+        assert world.hosts[0].calls == []
+        assert "died or hung 2 times" in world.service.adapter("killer")["reason"]
+        assert "died or hung 2 times" in world.model("killer").unready_reason
+        shown, new = await world.upload("killer")  # sent again: tried again
+        assert (shown["state"], shown["version"], new) == ("ready", 1, True)
+
+
+async def test_hanging_load_restarts_the_replica(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "LOAD_TIMEOUT_S", 0.05)
+    async with start(first_backoff_s=0.2) as world:
+        world.script.hangs_loading = True
+        uploading = asyncio.create_task(world.upload("slow"))
+        await until(lambda: world.replicas[0].state is State.UNHEALTHY)
+        assert "did not answer /v1/load_lora_adapter" in world.replicas[0].reason
+        world.script.hangs_loading = False
+        monkeypatch.undo()
+        shown, _ = await uploading
+        assert shown["state"] == "ready"
+        assert not world.hosts[0].engines[0].alive()
+
+
+async def test_busy_engine_is_asked_again_and_left_running(start: Start) -> None:
+    async with start() as world:
+        world.script.busy = True
+        uploading = asyncio.create_task(world.upload("pirate"))
+        await until(lambda: sum("ask" in call for call in world.hosts[0].calls) >= 2)
+        world.script.busy = False
+        assert (await uploading)[0]["state"] == "ready"
+        assert len(world.hosts[0].engines) == 1
+
+
+async def test_restarted_engine_gets_its_adapters_back(start: Start) -> None:
+    async with start() as world:
+        await world.upload("one", seed=1)
+        await world.upload("two", seed=2)
+        wanted = {world.content_id("one"), world.content_id("two")}
+        world.hosts[0].engine.die()
+        await until(lambda: not world.model("one").engine_models)
+        assert world.model("one").unready_reason in ("r0 is unhealthy", "r0 is starting", "r0 is loading")
+        await until(lambda: world.model("one").engine_models and world.model("two").engine_models)
+        assert set(world.hosts[0].engine.adapters) == wanted
+
+
+async def test_adapter_that_an_engine_lost_is_loaded_again(start: Start) -> None:
+    async with start(resync_s=0.02) as world:
+        await world.upload("pirate")
+        content_id = world.content_id("pirate")
+        world.hosts[0].engine.adapters.clear()
+        await until(lambda: world.hosts[0].calls.count(f"load {content_id}") == 2)
+        await until(lambda: world.model("pirate").engine_models)
+
+
+async def test_restarted_control_finds_adapters_and_verifies_them(start: Start) -> None:
+    async with start() as old:
+        await old.upload("pirate")
+        engine = old.hosts[0].engine
+        calls = len(old.hosts[0].calls)
+
+        def script(world: World) -> None:
+            world.hosts[0].adoptable = engine
+
+        async with start(script=script) as world:
+            await until(lambda: world.model("pirate").engine_models)
+            assert engine.calls[calls:] == [f"ask {world.content_id('pirate')}"]
+            assert world.core.publisher.current and old.core.publisher.current
+            assert world.core.publisher.current.version > old.core.publisher.current.version
+
+
+async def test_delete_unpublishes_then_unloads_then_removes_the_files(start: Start) -> None:
+    async with start() as world:
+        await world.upload("pirate")
+        content_id = world.content_id("pirate")
+        await world.service.delete("pirate")
+        assert world.core.publisher.current is not None
+        assert set(world.core.publisher.current.models) == {"base"}
+        await until(lambda: world.hosts[0].calls[-1] == f"unload {content_id}")
+        await until(lambda: list((world.state / "adapters").iterdir()) == [])
+        assert repr(world.replicas[0]) == "<Replica r0 vllm ready>"
+
+
+async def test_delete_leaves_what_another_name_needs(start: Start) -> None:
+    async with start() as world:
+        await world.upload("pirate")
+        await world.upload("corsair")
+        await world.service.delete("pirate")
+        await asyncio.sleep(0.05)
+        assert world.model("corsair").engine_models
+        assert not any("unload" in call for call in world.hosts[0].calls)
+        assert len(list((world.state / "adapters").iterdir())) == 1
+
+
+async def test_unload_that_hangs_restarts_the_replica(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "UNLOAD_TIMEOUT_S", 0.05)
+    async with start() as world:
+        await world.upload("pirate")
+        world.script.hangs_unloading = True
+        await world.service.delete("pirate")
+        await until(lambda: len(world.hosts[0].engines) == 2)
+        await world.ready()
+        assert world.hosts[0].engine.adapters == {}
+
+
+async def test_unload_that_does_nothing_restarts_the_replica(start: Start) -> None:
+    async with start(first_backoff_s=0.2) as world:
+        await world.upload("pirate")
+        world.script.keeps_unloaded = True
+        await world.service.delete("pirate")
+        await until(lambda: world.replicas[0].state is State.UNHEALTHY)
+        assert "still lists it" in world.replicas[0].reason
+        await world.ready()
+
+
+async def test_adapters_of_others_are_left_alone(start: Start) -> None:
+    async with start(resync_s=0.01) as world:
+        world.hosts[0].engine.adapters["someone-elses"] = "/x"
+        await world.upload("pirate")
+        await world.service.delete("pirate")
+        await until(lambda: world.hosts[0].calls[-1].startswith("unload"))
+        assert list(world.hosts[0].engine.adapters) == ["someone-elses"]
+
+
+async def test_one_replica_refuses_what_works_elsewhere(start: Start) -> None:
+    def script(world: World) -> None:
+        world.hosts[1].script.never_ready = True
+        world.hosts[1].script.rejects = "no memory"
+
+    async with start(replicas=2, wait=False, script=script, start_s=30) as world:
+        await until(lambda: world.replicas[0].answers)
+        await world.upload("pirate")
+        content_id = world.content_id("pirate")
+        world.hosts[1].script.never_ready = False
+        await until(
+            lambda: world.replicas[1].adapters.get(content_id) == AdapterStatus(AdapterState.FAILED, "no memory")
+        )
+        shown = world.service.adapter("pirate")
+        assert (shown["state"], shown["reason"]) == ("failed", "r1: no memory")
+        assert world.model("pirate").engine_models == {"r0": content_id}  # the one that has it serves it
+        world.hosts[1].script.rejects = None
+        await until(lambda: len(world.model("pirate").engine_models) == 2)
+
+
+async def test_more_than_a_replica_keeps(start: Start) -> None:
+    async with start(capacity=2) as world:
+        await world.upload("one", seed=1)
+        await world.upload("two", seed=2)
+        with pytest.raises(Conflict) as caught:
+            await world.upload("three", seed=3)
+        assert "--max-adapters" in caught.value.message
+        await until(lambda: len(list((world.state / "adapters").iterdir())) == 2)
+        await world.service.delete("one")
+        assert (await world.upload("three", seed=3))[0]["state"] == "ready"
+
+
+async def test_old_versions_give_way(start: Start) -> None:
+    async with start(capacity=2) as world:
+        await world.upload("pirate", seed=1)
+        old = world.content_id("pirate")
+        for seed in (2, 3):
+            shown, _ = await world.upload("pirate", seed=seed)
+            assert (shown["state"], shown["current"]) == ("ready", True)
+        await until(lambda: old not in world.hosts[0].engine.adapters)
+        assert world.service.adapter("pirate@v1")["state"] == "unloaded"
+        assert "--max-adapters" in world.service.adapter("pirate@v1")["reason"]
+        assert world.model("pirate@v2").engine_models
+
+
+async def test_engine_that_takes_adapters_at_start_is_rolled_one_by_one(start: Start) -> None:
+    async with start(backend="lmdeploy", replicas=2) as world:
+        fewest = 2
+        uploading = asyncio.create_task(world.upload("pirate"))
+        while not uploading.done():
+            fewest = min(fewest, sum(replica.accepting for replica in world.replicas))
+            await asyncio.sleep(0.001)
+        shown, _ = await uploading
+        content_id = world.content_id("pirate")
+        assert (shown["state"], fewest) == ("ready", 1)
+        for host in world.hosts:
+            assert host.started_with == [frozenset(), frozenset({content_id})]
+        assert len(world.model("pirate").engine_models) == 2
+
+
+async def test_its_only_replica_announces_the_restart(start: Start) -> None:
+    async with start(backend="lmdeploy") as world:
+        uploading = asyncio.create_task(world.upload("pirate"))
+        await until(lambda: world.replicas[0].state is State.LOADING)
+        assert "lmdeploy takes adapters only at its start" in world.replicas[0].reason
+        assert (await uploading)[0]["state"] == "ready"
+        await world.service.delete("pirate")
+        await asyncio.sleep(0.05)
+        assert len(world.hosts[0].engines) == 2  # deleting needs no restart: nobody can name it any more
+
+
+async def test_static_adapter_that_keeps_the_engine_from_starting(start: Start) -> None:
+    async with start(backend="lmdeploy", replicas=2) as world:
+        await world.upload("good", seed=1)
+        for host in world.hosts:
+            host.script.starts_only_with = {world.content_id("good")}
+        with pytest.raises(InvalidRequest, match=r"r\d did not start with it"):
+            await world.upload("bad", seed=2)
+        await until(lambda: len(world.model("good").engine_models) == 2)
+        # The other replica was never touched by the bad one.
+        assert sorted(len(host.engines) for host in world.hosts) == [2, 4]

@@ -1,0 +1,186 @@
+"""The registry's database: schema, transactions, what survives a restart."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine
+
+from gateway.config import ConfigError
+from gateway.control import store as module
+from gateway.control.catalog import Version, VersionState
+from gateway.control.store import NewVersion, Store, StoreUnavailable
+from gateway.errors import StorageFull
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = open_store(tmp_path)
+    yield opened
+    opened.close()
+
+
+def open_store(tmp_path: Path) -> Store:
+    opened = Store(f"sqlite:///{tmp_path / 'registry.db'}")
+    opened.migrate()
+    return opened
+
+
+def new(digit: str = "1") -> NewVersion:
+    return NewVersion(
+        content_id=f"a-{digit * 12}",
+        sha256=digit * 64,
+        base="base",
+        rank=8,
+        target_modules=("q_proj", "v_proj"),
+        size_bytes=5_000_000_000,
+        metadata={"trained_on": "somewhere"},
+    )
+
+
+def test_migrations_from_empty_and_again(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.add_version("one", new())
+    store.migrate()
+    store.close()
+    again = open_store(tmp_path)
+    assert list(again.adapters()) == ["one"]
+    again.close()
+
+
+def test_migrations_make_what_the_models_say(tmp_path: Path) -> None:
+    open_store(tmp_path).close()
+    engine = create_engine(f"sqlite:///{tmp_path / 'registry.db'}")
+    with engine.connect() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), module._Base.metadata)
+    engine.dispose()
+    assert differences == []
+
+
+def test_sqlite_is_durable_and_checks_keys(tmp_path: Path, store: Store) -> None:
+    with store._session() as session:
+        connection = session.connection().connection.driver_connection
+        assert isinstance(connection, sqlite3.Connection)
+        pragmas = [
+            connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("journal_mode", "synchronous", "foreign_keys")
+        ]
+    assert pragmas == ["wal", 2, 1]
+
+
+def test_versions_are_numbered_and_numbers_not_given_twice(store: Store) -> None:
+    assert list(store.add_version("one", new("1")).versions) == [1]
+    adapter = store.add_version("one", new("2"))
+    assert list(adapter.versions) == [1, 2]
+    left = store.delete_version(adapter.newest)
+    assert left is not None and list(left.versions) == [1]
+    assert list(store.add_version("one", new("3")).versions) == [1, 3]
+
+
+def test_everything_comes_back(tmp_path: Path, store: Store) -> None:
+    version = store.add_version("one", new()).newest
+    store.set_state(version, VersionState.READY)
+    store.set_current(version)
+    other = open_store(tmp_path)
+    adapter = other.adapters()["one"]
+    other.close()
+    assert (adapter.name, adapter.current) == ("one", 1)
+    assert adapter.newest == Version(
+        name="one",
+        version=1,
+        content_id="a-111111111111",
+        sha256="1" * 64,
+        base="base",
+        rank=8,
+        target_modules=("q_proj", "v_proj"),
+        size_bytes=5_000_000_000,
+        created_at=version.created_at,
+        state=VersionState.READY,
+        reason="",
+        metadata={"trained_on": "somewhere"},
+    )
+
+
+def test_delete_takes_the_versions_along(store: Store) -> None:
+    store.add_version("one", new("1"))
+    version = store.add_version("one", new("2")).newest
+    store.delete("one")
+    store.delete("one")
+    assert store.adapters() == {}
+    assert store.set_state(version, VersionState.READY) is None
+    assert store.set_current(version) is None
+    assert store.delete_version(version) is None
+
+
+def test_the_last_version_takes_the_adapter_along(store: Store) -> None:
+    version = store.add_version("one", new()).newest
+    assert store.delete_version(version) is None
+    assert store.adapters() == {}
+
+
+def test_deleting_the_current_version_leaves_no_dangling_pointer(store: Store) -> None:
+    store.add_version("one", new("1"))
+    newest = store.add_version("one", new("2")).newest
+    store.set_current(newest)
+    left = store.delete_version(newest)
+    assert left is not None and left.current is None
+
+
+def test_snapshot_versions_grow_over_restarts(tmp_path: Path, store: Store) -> None:
+    assert store.reserve_snapshot_versions(10) == 1
+    assert store.reserve_snapshot_versions(10) == 11
+    other = open_store(tmp_path)
+    assert other.reserve_snapshot_versions(1) == 21
+    other.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_full_disk(small_disk: Path) -> None:
+    store = open_store(small_disk)
+    store.add_version("one", new())
+    (small_disk / "filler").write_bytes(b"x" * 8192)
+    with pytest.raises(StorageFull), (small_disk / "filler").open("ab", buffering=0) as filler:
+        for _ in range(200):
+            try:
+                filler.write(b"x" * 4096)
+            except OSError:
+                break
+        for number in range(200):
+            store.add_version(f"adapter-{number}", new())
+    (small_disk / "filler").unlink()
+    assert "one" in store.adapters()
+    store.add_version("after", new())
+    store.close()
+
+
+def test_postgresql_without_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "psycopg", None)
+    with pytest.raises(ConfigError, match=r"tunegate\[postgres\]"):
+        Store("postgresql://localhost/tunegate")
+
+
+def test_database_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable, match="unable to open database file"):
+        Store(f"sqlite:///{tmp_path / 'nowhere' / 'registry.db'}").migrate()
+
+
+@pytest.mark.parametrize("url", ["nonsense", "oracle9://x/y"])
+def test_urls_that_are_none(url: str) -> None:
+    with pytest.raises(ConfigError, match="--database-url"):
+        Store(url)
