@@ -1,0 +1,1 @@
+"""Pure functions from a raw record to figures: definitions, success, statistics, verdict, comparison."""

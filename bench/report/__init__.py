@@ -1,0 +1,1 @@
+"""Showing a run: live in the terminal, as tables, as one HTML page."""

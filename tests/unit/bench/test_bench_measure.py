@@ -1,0 +1,296 @@
+"""From records made by hand to figures, windows, verdicts and comparisons."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from bench.config import RunConfig, load_config, resolved, workload_hash
+from bench.measure.compare import compare_targets, parse_gate, refuse_unlike
+from bench.measure.define import read
+from bench.measure.paired import paired_differences
+from bench.measure.record import (
+    CHOICES,
+    CONTENT,
+    DONE,
+    FINISH,
+    RECORD_VERSION,
+    Events,
+    Header,
+    Record,
+    RequestRecord,
+    Sample,
+    Segment,
+    read_record,
+    write_record,
+)
+from bench.measure.server import parse_metrics
+from bench.measure.slo import parse_slo
+from bench.measure.summary import summarize
+from bench.measure.verdict import Level, judge_run
+from bench.report.html import render
+from bench.search import Probe, next_rate
+
+MS = 1_000_000
+S = 1_000_000_000
+
+
+def answer(
+    index: int, t0_ms: float, ttft_ms: float = 50, gap_ms: float = 10, tokens: int = 20, **extra: Any
+) -> RequestRecord:
+    times = [int((t0_ms + ttft_ms + gap_ms * k) * MS) for k in range(tokens)]
+    events = Events(
+        [*times, times[-1] + 1],
+        [CHOICES | CONTENT] * (tokens - 1) + [CHOICES | CONTENT | FINISH, DONE],
+        [5] * tokens + [0],
+        [*range(1, tokens + 1), -1],
+    )
+    fields: dict[str, Any] = {
+        "index": index, "segment": 0, "target": "a", "model": "m", "intended_ns": int(t0_ms * MS),
+        "sent_ns": int(t0_ms * MS), "end_ns": times[-1] + 2, "status": 200, "finish": "length",
+        "prompt_tokens": 100, "prompt_tokens_asked": 100, "output_tokens": tokens, "output_tokens_asked": tokens,
+        "cached_tokens": 0, "events": events,
+    }  # fmt: skip
+    return RequestRecord(**(fields | extra))
+
+
+def record_of(
+    requests: list[RequestRecord], config: dict[str, Any] | None = None, segments: list[Segment] | None = None
+) -> Record:
+    held = resolved(RunConfig(rate=10.0, duration=60.0)) | (config or {})
+    header = Header(
+        RECORD_VERSION, "2026-01-01T00:00:00", 0, held, "hash", {"workers": 1}, {"a": {"version": "1"}},
+        segments or [Segment(0, "load", "a", 0, 0, 60 * S, 10.0)], "kernel",
+    )  # fmt: skip
+    return Record(header, requests)
+
+
+def steady(count: int = 600, **each: Any) -> list[RequestRecord]:
+    return [answer(n, n * 100.0, ttft_ms=50 + n % 7, **each) for n in range(count)]
+
+
+def test_a_quiet_run_is_valid_and_its_figures_are_the_truth() -> None:
+    record = record_of(steady(), {"arrivals": "constant"})
+    summary = summarize(record)
+    figures = summary.targets["a"].steady
+    assert figures.metrics["tpot_ms"]["p50"].value == pytest.approx(10)
+    assert figures.metrics["ttft_ms"]["p50"].value == pytest.approx(53)
+    assert figures.metrics["itl_ms"]["p99"].value == pytest.approx(10)
+    assert figures.output_tokens_per_s.value == pytest.approx(200, rel=0.01)
+    assert figures.requests_per_s.value == pytest.approx(10, rel=0.01)
+    verdict = judge_run(record, summary)
+    assert (verdict.level, verdict.findings) == (Level.VALID, [])
+
+
+def test_latency_counts_from_the_intended_send() -> None:
+    late = answer(0, 1000, sent_ns=1030 * MS)
+    assert (read(late).ttft_ms, read(late).ttft_from_send_ms, read(late).send_lag_ms) == (50, 20, 30)
+    closed = answer(0, 1000, intended_ns=None)
+    assert (read(closed).ttft_ms, read(closed).send_lag_ms) == (50, 0)
+
+
+def test_failures_are_infinitely_slow_in_adjusted_tails_and_divide_goodput() -> None:
+    requests = steady()
+    for request in requests[::10]:
+        request.finish = None
+    figures = summarize(record_of(requests, {"slo": "ttft_p99=1000"})).targets["a"].steady
+    assert figures.adjusted["ttft_ms"]["p99"] == math.inf
+    assert figures.metrics["ttft_ms"]["p99"].value < 60
+    assert figures.failures == {"truncated": pytest.approx(60, abs=2)}
+    assert figures.attainment == pytest.approx(0.9, abs=0.01)
+    assert not figures.slo["ttft p99 <= 1000 ms"][1]
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "said"),
+    [
+        ({"sent_lag": 50}, Level.DOUBTFUL, "send lag"),
+        ({"sent_lag": 500}, Level.INVALID, "send lag"),
+        ({"read_delay_ns": 50 * MS}, Level.DOUBTFUL, "read late"),
+        ({"cached_tokens": 80}, Level.INVALID, "meant to be cold"),
+        ({"prompt_tokens": 90}, Level.DOUBTFUL, "off the length asked"),
+        ({"status": 503, "events": Events()}, Level.INVALID, "600 http 503"),
+        ({"output_exact": True, "output_tokens_asked": 30}, Level.INVALID, "600 short"),
+    ],
+)
+def test_each_doubt_is_found(change: dict[str, Any], level: Level, said: str) -> None:
+    lag = change.pop("sent_lag", 0)
+    requests = steady(**change)
+    for request in requests:
+        request.sent_ns += lag * MS
+    record = record_of(requests, {"arrivals": "constant"})
+    verdict = judge_run(record, summarize(record))
+    assert verdict.level is level
+    assert any(said in finding.what for finding in verdict.findings)
+
+
+def test_too_few_sends_a_busy_client_and_a_short_run_are_found() -> None:
+    record = record_of(steady(300), {"arrivals": "constant"})
+    record.samples = [Sample("worker:0", n * S, {"cpu_s": float(n), "capped_ms": 0.0}) for n in range(20)]
+    verdict = judge_run(record, summarize(record))
+    said = " ".join(finding.what for finding in verdict.findings)
+    assert "300 requests sent, 600 asked for" in said
+    assert "used 100% of a core" in said
+    assert verdict.exit_code == 3
+    short = record_of(steady(20), {}, [Segment(0, "load", "a", 0, 0, 2 * S, 10.0)])
+    assert any("of steady load" in f.what for f in judge_run(short, summarize(short)).findings)
+
+
+def test_a_growing_queue_is_found() -> None:
+    requests = [answer(n, n * 100.0, ttft_ms=50 + n * 30.0) for n in range(600)]
+    record = record_of(requests, {"arrivals": "constant"})
+    findings = judge_run(record, summarize(record)).findings
+    assert any("more than the server can do" in finding.what for finding in findings)
+
+
+def test_token_times_are_refused_where_chunks_hold_several() -> None:
+    requests = steady(60)
+    for request in requests:
+        request.events.tokens = [-1] * len(request.events.tokens)
+        request.output_tokens = 80
+    figures = summarize(record_of(requests)).targets["a"].steady
+    assert "itl_ms" not in figures.metrics and figures.itl_refused is not None
+    assert figures.metrics["tpot_ms"]["p50"].value == pytest.approx(2.5)
+    assert figures.metrics["chunk_gap_ms"]["p50"].value == pytest.approx(10)
+
+
+def test_records_survive_a_round_trip_and_give_the_same_figures(tmp_path: Path) -> None:
+    record = record_of(steady(100))
+    write_record(tmp_path / "r.jsonl.gz", record)
+    again = read_record(tmp_path / "r.jsonl.gz")
+    assert summarize(again) == summarize(record)
+    (tmp_path / "no.jsonl").write_bytes(b'{"a":1}\n')
+    with pytest.raises(ValueError, match="line 1 is not part of a bench record"):
+        read_record(tmp_path / "no.jsonl")
+
+
+def test_interleaved_targets_are_paired_request_by_request() -> None:
+    rng = np.random.default_rng(0)
+    segments, requests = [], []
+    for block in range(30):
+        for place, name in enumerate(("direct", "gateway")):
+            number = block * 2 + place
+            start_ms = number * 1000.0
+            segments.append(Segment(number, "load", name, 0, int(start_ms * MS), S, 10.0, None, block))
+            slow = rng.normal(0, 20)  # whole blocks differ by far more than what is looked for
+            for n in range(10):
+                ttft = 100 + 10 * n + (slow if place == 0 else 0) * 0 + (2.0 if place else 0.0) + rng.normal(0, 0.5)
+                requests.append(answer(n, start_ms + n * 100, ttft, segment=number, target=name))
+    found = {d.metric: d for d in paired_differences(record_of(requests, {}, segments))}
+    added = found["ttft_ms"].difference["mean"]
+    assert added.value == pytest.approx(2.0, abs=0.2)
+    assert added.low < 2.0 < added.high and added.high - added.low < 0.5
+    assert found["ttft_ms"].significant and not found["tpot_ms"].significant
+    assert found["ttft_ms"].pairs == 300
+
+
+def test_compare_names_slower_and_refuses_other_work() -> None:
+    def run(gap_ms: float) -> Record:
+        segments = [Segment(n, "load", "a", n, n * 70 * S, 60 * S, 10.0) for n in range(3)]
+        rng = np.random.default_rng(int(gap_ms * 100))
+        requests = [
+            answer(n, s.start_ns / MS + n * 100, 50, gap_ms * (1 + rng.normal(0, 0.001)), segment=s.number)
+            for s in segments
+            for n in range(600)
+        ]
+        return record_of(requests, {}, segments)
+
+    before, after = run(10.0), run(10.3)
+    changes = {c.name: c for c in compare_targets(*(summarize(r).targets["a"] for r in (before, after)))}
+    assert changes["tpot_p50"].verdict == "slower"
+    assert changes["tpot_p50"].change_percent == pytest.approx(3, abs=0.2)
+    assert changes["ttft_p50"].verdict == "noise"
+    assert parse_gate("tpot_p50:+2%").broken_by(changes["tpot_p50"])
+    assert not parse_gate("tpot_p50:+5%").broken_by(changes["tpot_p50"])
+    after.header.workload_hash = "other"
+    with pytest.raises(ValueError, match="different work"):
+        refuse_unlike(before, after)
+
+
+def test_capacity_search_closes_in_on_the_edge() -> None:
+    probes: list[Probe] = []
+    while (rate := next_rate(probes, 1.0)) is not None:
+        probes.append(Probe(rate, rate <= 37.0, ""))
+    kept = max(probe.rate for probe in probes if probe.kept)
+    assert 37 / 1.1 <= kept <= 37
+    assert len(probes) <= 12
+
+
+def test_objectives() -> None:
+    assert [str(limit) for limit in parse_slo("mlperf:llama3.1-8b:interactive")] == [
+        "ttft p99 <= 500 ms", "tpot p99 <= 30 ms",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="allowed: mlperf:llama2-70b:server"):
+        parse_slo("mlperf:gpt:server")
+    with pytest.raises(ValueError, match="METRIC_pQUANTILE=MS"):
+        parse_slo("ttft<200")
+
+
+def test_metrics_pages_of_engines_reduce_to_the_same_names() -> None:
+    vllm = 'vllm:num_requests_running{engine="0"} 3.0\nvllm:num_requests_running{engine="1"} 2\n'
+    vllm += 'vllm:kv_cache_usage_perc{a="b c"} 0.5\n# HELP x\n'
+    assert parse_metrics(vllm) == {"running": 5.0, "kv_usage": 0.5}
+    assert parse_metrics('sglang:num_running_reqs{x="1"} 4\nsglang:token_usage 0.25\n') == {
+        "running": 4.0,
+        "kv_usage": 0.25,
+    }
+    assert parse_metrics("python_info 1\n") == {}
+
+
+def test_report_is_one_page_that_needs_nothing_else() -> None:
+    requests = steady(120)
+    requests[3].finish = None
+    requests[7].model = "<script>alert(1)</script>"
+    record = record_of(requests)
+    record.samples = [Sample("server:a", n * S, {"running": 3.0, "waiting": 0.0, "kv_usage": 0.2}) for n in range(10)]
+    summary = summarize(record)
+    page = render(record, summary, judge_run(record, summary), [])
+    assert "http://" not in page.replace("http://127.0.0.1", "") and "https://" not in page and "<script" not in page
+    for expected in ("TTFT", "KV cache in use", "truncated", "by adapter", "requests in flight", "vLLM"):
+        assert expected in page
+
+
+def test_charts_are_well_formed_and_carry_their_data() -> None:
+    record = record_of(steady(120))
+    summary = summarize(record)
+    page = render(record, summary, judge_run(record, summary), [])
+    drawings = [
+        ElementTree.fromstring(part.split("</svg>")[0] + "</svg>")
+        for part in page.split("<svg")[1:]
+        for part in ["<svg" + part]
+    ]
+    titles = [drawing.get("aria-label") or "" for drawing in drawings]
+    assert any(title.startswith("TTFT: share") for title in titles)
+    dots = next(d for d in drawings if (d.get("aria-label") or "").startswith("TTFT by time"))
+    assert len(dots.findall("circle")) == 120
+    for drawing in drawings:
+        for path in drawing.findall("path"):
+            assert "nan" not in (path.get("d") or "")
+
+
+def test_configuration_errors_say_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("rate: 8\nworkload: random:8/8\n")
+    assert load_config(file, {"rate": 9.0}).rate == 9.0
+    assert load_config(file, {"concurrency": 4}).rate is None
+    file.write_text("durration: 8\n")
+    with pytest.raises(ValueError, match="did you mean 'duration'"):
+        load_config(file, {})
+    with pytest.raises(ValueError, match="--rate REQUESTS_PER_SECOND or --concurrency USERS"):
+        load_config(None, {})
+    with pytest.raises(ValueError, match="exclude each other"):
+        load_config(None, {"rate": 1.0, "concurrency": 1})
+    with pytest.raises(ValueError, match="cache is cold, warm or a share"):
+        load_config(None, {"rate": 1.0, "cache": "hot"})
+
+
+def test_the_hash_knows_work_from_place() -> None:
+    base = RunConfig(rate=1.0)
+    assert workload_hash(base) == workload_hash(RunConfig(rate=1.0, url="http://elsewhere", repeats=5, quiet=True))
+    assert workload_hash(base) != workload_hash(RunConfig(rate=1.0, seed=1))
+    assert "secret" not in str(resolved(RunConfig(rate=1.0, api_key="secret", target=("a=http://x,key=secret",))))
