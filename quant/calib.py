@@ -1,0 +1,78 @@
+"""Calibration text: sequences of equal length, from the bundled set or from the user's JSONL."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.errors import BadCalibration
+
+BUNDLED = Path(__file__).parent / "texts.jsonl.gz"
+
+
+def read_records(path: Path | None) -> Iterator[dict[str, Any]]:
+    """Records of a JSONL file, or the bundled one: each has `messages` (a chat) or `text`. Raises BadCalibration."""
+    source = path or BUNDLED
+    with gzip.open(source, "rt", encoding="utf-8") if path is None else source.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise BadCalibration(f"{source} line {number} is not JSON ({error})") from error
+            if not isinstance(record, dict) or not ("messages" in record or isinstance(record.get("text"), str)):
+                raise BadCalibration(f'{source} line {number}: expected {{"messages": [...]}} or {{"text": "..."}}')
+            yield record
+
+
+def render(record: dict[str, Any], tokenizer: Any) -> list[int]:
+    """Token ids of one record: chats through the model's own template, texts as they are."""
+    if "messages" not in record:
+        return list(tokenizer(record["text"])["input_ids"])
+    if not tokenizer.chat_template:
+        raise BadCalibration("the calibration file holds chats, but the model has no chat template: give it texts")
+    text = tokenizer.apply_chat_template(record["messages"], tools=record.get("tools"), tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def calibration_tokens(directory: Path, path: Path | None, samples: int, length_tokens: int, seed: int) -> Tensor:
+    """Up to `samples` sequences of `length_tokens` ids, [B, T]: records in an order drawn by `seed`, joined and cut.
+
+    A file too small for one sequence gives one shorter sequence. Raises BadCalibration.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    records = list(read_records(path))
+    random.Random(seed).shuffle(records)  # noqa: S311 - a reproducible order, not a secret
+    ids: list[int] = []
+    for record in records:
+        if len(ids) >= samples * length_tokens:
+            break
+        ids += render(record, tokenizer)
+        if tokenizer.eos_token_id is not None and "text" in record:
+            ids.append(tokenizer.eos_token_id)
+    if len(ids) < 2:
+        raise BadCalibration(f"{path or BUNDLED} holds {len(ids)} tokens: nothing to calibrate with")
+    return cut(ids, samples, length_tokens)
+
+
+def cut(ids: list[int], samples: int, length_tokens: int) -> Tensor:
+    """Up to `samples` equal sequences [B, T] from the start of one run of ids."""
+    length_tokens = min(length_tokens, len(ids))
+    count = min(samples, len(ids) // length_tokens)
+    return torch.tensor(ids[: count * length_tokens]).view(count, length_tokens)
+
+
+def fingerprint(tokens_BT: Tensor) -> str:
+    """Identifies calibration tokens in a job."""
+    return hashlib.sha256(tokens_BT.numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,40 @@
+"""Every failure a user of quantization can meet. A message says what was found, what is allowed and what to do.
+
+QuantError
+├── BadCheckpoint      missing, truncated or non-finite weights; files that disagree with each other
+├── UnsupportedModel   a structure or a format that cannot be quantized (or already is)
+├── BadCalibration     no usable calibration text
+├── NotExact           a conversion that would change weights
+├── JobConflict        the output exists, or its unfinished work belongs to another job
+└── BadHessian         calibration statistics GPTQ cannot solve with (caught: that group falls back to RTN)
+"""
+
+from __future__ import annotations
+
+
+class QuantError(Exception):
+    """Base of all errors shown to the user of `quantize`."""
+
+
+class BadCheckpoint(QuantError):
+    """The checkpoint's files are missing, truncated, non-finite or contradict each other."""
+
+
+class UnsupportedModel(QuantError):
+    """The model is of a structure or format that cannot be quantized, or it already is."""
+
+
+class BadCalibration(QuantError):
+    """The calibration data cannot be used."""
+
+
+class NotExact(QuantError):
+    """The conversion asked for would change weights."""
+
+
+class JobConflict(QuantError):
+    """The output directory exists, or holds the unfinished work of another job."""
+
+
+class BadHessian(QuantError):
+    """The second moments of a layer's inputs are not finite, or not positive definite even when damped."""

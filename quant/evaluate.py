@@ -1,0 +1,88 @@
+"""How much a quantized checkpoint differs from its original: perplexity, divergence, agreement, layer by layer.
+
+Both models run side by side, one layer of each in memory at a time, so a model of any size can be compared.
+
+Legend: B sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quant.calib import cut
+from quant.checkpoint import Checkpoint
+from quant.errors import BadCalibration
+from quant.skeleton import Skeleton
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Next-token statistics over the evaluated tokens."""
+
+    tokens: int  # predicted
+    original_perplexity: float
+    perplexity: float
+    kl_nats: float  # mean of KL(original || quantized) per token
+    top1_agreement: float  # share of tokens where both would choose the same
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return self.perplexity / self.original_perplexity
+
+
+def evaluate(
+    original: Path,
+    quantized: Path,
+    tokens_BT: Tensor,
+    device: torch.device,
+    on_layer: Callable[[int, int], None] = lambda layer, layers: None,
+) -> Quality:
+    """Compare two checkpoints of one model on sequences of tokens. Raises QuantError."""
+    sides = [Skeleton(Checkpoint(directory), device) for directory in (original, quantized)]
+    batches = tokens_BT.split(max(1, 4096 // tokens_BT.shape[1]))
+    states = [[side.embed(batch).cpu() for batch in batches] for side in sides]
+    layers = len(sides[0].layers)
+    for index in range(layers):
+        for side, hidden in zip(sides, states, strict=True):
+            with side.loaded(index, side.checkpoint.weights(side.layer_prefix(index))) as layer:
+                hidden[:] = [side.run(layer, index, batch.to(device)).cpu() for batch in hidden]
+        on_layer(index + 1, layers)
+
+    totals = torch.zeros(4, dtype=torch.float64)
+    for batch, before, after in zip(batches, *states, strict=True):
+        for row in range(batch.shape[0]):  # one sequence at a time: logits are the widest tensor of all
+            own = slice(row, row + 1)
+            pair = [
+                side.logits(batch[own], hidden[own].to(device))
+                for side, hidden in zip(sides, (before, after), strict=True)
+            ]
+            totals += compare_logits(pair[0][0, :-1], pair[1][0, :-1], batch[row, 1:].to(device))
+    count = tokens_BT.shape[0] * (tokens_BT.shape[1] - 1)
+    nll_before, nll_after, kl, agreed = (totals / count).tolist()
+    return Quality(count, math.exp(nll_before), math.exp(nll_after), kl, agreed)
+
+
+def compare_logits(before_TV: Tensor, after_TV: Tensor, target_T: Tensor) -> Tensor:
+    """Sums over tokens, float64 [4]: loss before, loss after, KL(before || after), same first choice."""
+    before_TV, after_TV = before_TV.float().log_softmax(-1), after_TV.float().log_softmax(-1)
+    index = target_T.unsqueeze(-1)
+    kl = (before_TV.exp() * (before_TV - after_TV)).sum()
+    agreed = (before_TV.argmax(-1) == after_TV.argmax(-1)).sum()
+    losses = [-side.gather(-1, index).sum() for side in (before_TV, after_TV)]
+    return torch.stack([*losses, kl, agreed]).double().cpu()
+
+
+def evaluation_tokens(directory: Path, text: Path, samples: int, length_tokens: int) -> Tensor:
+    """Sequences [B, T] from a plain text file, from its start and in order. Raises BadCalibration."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(directory)(text.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise BadCalibration(f"{text} holds {len(ids)} tokens: nothing to evaluate")
+    return cut(ids, samples, length_tokens)

@@ -1,0 +1,110 @@
+"""Placing weights on an integer grid: ranges to scales, rounding, and the search for the best clipped range.
+
+Legend: N output features, K input features, G groups, S group size (K = G * S), W = w as [N, G, S].
+All arithmetic is float32; scales are rounded to what the file stores before any weight is rounded with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.config import Grid
+from quant.pack import QuantizedLinear
+
+# Shares of the full range tried by the search. Below one half the clipping error always wins on real weights.
+SHRINKS = tuple(1.0 - 0.025 * step for step in range(21))
+_ROWS_AT_ONCE = 4096  # bounds the search's scratch memory
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """Scale and zero point of every group."""
+
+    scale_NG: Tensor  # float32, exactly representable in the stored type
+    zero_NG: Tensor  # float32 holding integers
+
+
+def as_groups(w_NK: Tensor, grid: Grid) -> Tensor:
+    """[N, K] -> float32 [N, G, S]."""
+    n, k = w_NK.shape
+    return w_NK.float().view(n, k // grid.group_size, grid.group_size)
+
+
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round scales so that float16 holds them and, for a bfloat16 model, bfloat16 does too.
+
+    Engines cast stored float16 scales to the type they compute in; rounding first makes that cast exact, so that the
+    grid solved for is the grid served. A group of zeros gets the scale one.
+    """
+    half = scale.to(torch.float16)
+    rounded = half.to(torch.bfloat16).float() if dtype == torch.bfloat16 else half.float()
+    return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
+
+
+def levels_of(w_NGS: Tensor, grid: Grid, dtype: torch.dtype, shrink: float = 1.0) -> Levels:
+    """Scale and zero point that cover `shrink` of each group's range (including zero)."""
+    low = w_NGS.amin(-1).clamp(max=0) * shrink
+    high = w_NGS.amax(-1).clamp(min=0) * shrink
+    if grid.symmetric:
+        scale = storable(torch.maximum(-low, high) / (grid.middle - 1), dtype)
+        return Levels(scale, torch.full_like(scale, grid.middle))
+    scale = storable((high - low) / grid.max_level, dtype)
+    return Levels(scale, (-low / scale).round().clamp(0, grid.max_level))
+
+
+def round_to(w_NGS: Tensor, levels: Levels, grid: Grid) -> Tensor:
+    """The nearest integers [N, G, S], as float32."""
+    q = (w_NGS / levels.scale_NG.unsqueeze(-1)).round() + levels.zero_NG.unsqueeze(-1)
+    return q.clamp(0, grid.max_level)
+
+
+def values_of(q_NGS: Tensor, levels: Levels) -> Tensor:
+    """The weights that integers stand for."""
+    return (q_NGS - levels.zero_NG.unsqueeze(-1)) * levels.scale_NG.unsqueeze(-1)
+
+
+def error_of(delta_NGS: Tensor, importance: Tensor | None) -> Tensor:
+    """Expected squared output error [N, G] that each group's weight error causes.
+
+    `importance`: None (all inputs count alike), [G, S] (mean square of each input) or [G, S, S] (second moments within
+    a group, as AWQ's clip search uses).
+    """
+    if importance is None:
+        return delta_NGS.square().sum(-1)
+    if importance.dim() == 2:
+        return (delta_NGS.square() * importance).sum(-1)
+    along_GNS = torch.bmm(delta_NGS.transpose(0, 1), importance)
+    return (along_GNS.transpose(0, 1) * delta_NGS).sum(-1)
+
+
+def search_levels(w_NGS: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None) -> Levels:
+    """Per group, the clipped range of SHRINKS with the least `error_of`."""
+    scales, zeros = [], []
+    for rows_NGS in w_NGS.split(_ROWS_AT_ONCE):
+        best: Levels | None = None
+        best_error_NG = torch.empty(0)
+        for shrink in SHRINKS:
+            levels = levels_of(rows_NGS, grid, dtype, shrink)
+            error_NG = error_of(values_of(round_to(rows_NGS, levels, grid), levels) - rows_NGS, importance)
+            if best is None:
+                best, best_error_NG = levels, error_NG
+                continue
+            better_NG = error_NG < best_error_NG
+            best_error_NG = torch.where(better_NG, error_NG, best_error_NG)
+            best = Levels(
+                torch.where(better_NG, levels.scale_NG, best.scale_NG),
+                torch.where(better_NG, levels.zero_NG, best.zero_NG),
+            )
+        assert best is not None
+        scales.append(best.scale_NG)
+        zeros.append(best.zero_NG)
+    return Levels(torch.cat(scales), torch.cat(zeros))
+
+
+def quantized(q_NK: Tensor, levels: Levels, grid: Grid, dtype: torch.dtype) -> QuantizedLinear:
+    """Integers and levels as they are stored. `dtype`: of the model, float16 or bfloat16 (scales follow it)."""
+    stored = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+    return QuantizedLinear(q_NK.to(torch.uint8), levels.scale_NG.to(stored), levels.zero_NG.to(torch.uint8), grid)

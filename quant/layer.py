@@ -1,0 +1,215 @@
+"""Quantizing one decoder layer: its weights, structure and input moments in, the tensors to store out.
+
+Legend: N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from quant.awq import search_scale
+from quant.config import QuantOptions
+from quant.errors import BadHessian
+from quant.gptq import gptq
+from quant.moments import Moments
+from quant.pack import QuantizedLinear, pack
+from quant.plan import InputGroup, LayerPlan, apply_fold
+from quant.rtn import block_importance, diagonal_importance, rtn
+
+
+@dataclass(frozen=True, slots=True)
+class LinearReport:
+    """What happened to one linear, as it stands in the report."""
+
+    name: str
+    method: str
+    error: float  # expected squared output error relative to the expected squared output
+    tokens: int  # calibration tokens that reached it
+    note: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class LayerResult:
+    """Everything to store of one layer; names relative to it."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    linears: list[LinearReport] = field(default_factory=list)
+
+
+def skip_reasons(
+    plan: LayerPlan, shapes: Mapping[str, tuple[int, int]], prefix: str, options: QuantOptions
+) -> dict[str, str]:
+    """Linear -> why it is left alone. Linears that share an input go together, as engines fuse them."""
+    grid = options.grid
+    reasons: dict[str, str] = {}
+    per_word = 32 // grid.bits
+    for group in plan.groups:
+        for name in group.linears:
+            n, k = shapes[name]
+            reason = ""
+            if any(re.search(pattern, prefix + name) for pattern in options.skip):
+                reason = "skipped by request"
+            elif k % grid.group_size:
+                reason = f"its {k} inputs are not divisible by group size {grid.group_size}"
+            elif n % per_word:
+                reason = f"its {n} outputs do not fill 32-bit words of {per_word} values"
+            if reason:
+                reasons |= {
+                    member: reason if member == name else f"shares its input with {name}" for member in group.linears
+                }
+                break
+    return reasons
+
+
+def quantize_layer(
+    weights: Mapping[str, Tensor],
+    plan: LayerPlan,
+    moments: Mapping[str, Moments],
+    skipped: Mapping[str, str],
+    options: QuantOptions,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LayerResult:
+    """Quantize every planned linear of `weights` (relative names, as stored in the checkpoint)."""
+    work = {name: tensor.to(device).float() for name, tensor in weights.items()}
+    scales: dict[str, Tensor] = {}  # linear -> scale of its input channels
+    folded: set[str] = set()
+    if options.method == "awq":
+        work, scales, folded = _fold_scales(work, plan, moments, skipped, options, dtype)
+
+    result = LayerResult()
+    for group in plan.groups:
+        if group.linears[0] in skipped:
+            continue
+        for name, linear, report in _quantize_group(group, work, scales, moments, options, dtype):
+            result.linears.append(report)
+            packed = pack(linear, options.format)
+            result.tensors |= {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
+    done = {f"{report.name}.weight" for report in result.linears}
+    for name, original in weights.items():
+        if name not in done:
+            result.tensors[name] = work[name].to(original.dtype).cpu() if name in folded else original
+    return result
+
+
+def _fold_scales(
+    work: dict[str, Tensor],
+    plan: LayerPlan,
+    moments: Mapping[str, Moments],
+    skipped: Mapping[str, str],
+    options: QuantOptions,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
+    """AWQ's scales, folded: (weights, scale of each linear's inputs, names of the weights that changed)."""
+    site_of = {name: group for group in plan.groups for name in group.linears}
+    scales: dict[str, Tensor] = {}
+    changed: set[str] = set()
+    original = work
+    for fold in plan.folds:
+        targets = [name for name in fold.consumers if name in site_of and name not in skipped]
+        seen = [name for name in targets if _moments_for(site_of[name], moments)]
+        if not seen or fold.site not in moments:
+            continue
+        scale_K = search_scale(
+            [original[f"{name}.weight"] for name in seen],
+            [_weighted_gram(site_of[name], moments) for name in seen],
+            moments[fold.site].mean_abs_K,
+            options.grid,
+            dtype,
+            None if fold.rows is None else torch.tensor(fold.rows, device=moments[fold.site].abs_K.device),
+        )
+        work = apply_fold(work, fold, scale_K)
+        scales |= dict.fromkeys(fold.consumers, scale_K)
+        changed |= {f"{name}.weight" for name in (*fold.consumers, fold.producer)} | {f"{fold.producer}.bias"}
+    return work, scales, changed & work.keys()
+
+
+def _quantize_group(
+    group: InputGroup,
+    work: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+    moments: Mapping[str, Moments],
+    options: QuantOptions,
+    dtype: torch.dtype,
+) -> list[tuple[str, QuantizedLinear, LinearReport]]:
+    weights = [work[f"{name}.weight"] for name in group.linears]
+    stacked_NK = torch.cat(weights)
+    seen = _moments_for(group, moments)
+    method, note = options.method, ""
+    tokens = moments[group.site].tokens if group.site in moments else 0
+    if options.calib_samples and not tokens:
+        note = "no calibration token reached this expert; " + (
+            "statistics of all its layer's tokens" if seen else "none used"
+        )
+    scale_K = scales.get(group.linears[0])
+    if method == "gptq" and seen is not None:
+        try:
+            linear = gptq(stacked_NK, seen.mean_gram_KK, options.grid, dtype, options.damping)
+        except BadHessian as bad:
+            method, note = "rtn", f"fell back to RTN: {bad}"
+            linear = rtn(stacked_NK, options.grid, dtype, _finite_importance(seen, options))
+    elif method == "awq" and seen is not None:
+        gram_KK = seen.mean_gram_KK if scale_K is None else seen.mean_gram_KK / torch.outer(scale_K, scale_K)
+        linear = rtn(stacked_NK, options.grid, dtype, block_importance(gram_KK, options.grid))
+    else:
+        method = "rtn"
+        linear = rtn(stacked_NK, options.grid, dtype, _finite_importance(seen, options))
+    parts, start = [], 0
+    for name, weight_NK in zip(group.linears, weights, strict=True):
+        stop = start + weight_NK.shape[0]
+        part = QuantizedLinear(
+            linear.q_NK[start:stop], linear.scale_NG[start:stop], linear.zero_NG[start:stop], linear.grid
+        )
+        error = _relative_error(weight_NK, part.dequantize() - weight_NK, seen, scale_K)
+        parts.append((name, part, LinearReport(name, method, error, tokens, note)))
+        start = stop
+    return parts
+
+
+def _moments_for(group: InputGroup, moments: Mapping[str, Moments]) -> Moments | None:
+    """The group's own statistics; for an expert that no token reached, those of all tokens of its layer if they fit."""
+    if group.site in moments:
+        return moments[group.site]
+    if group.bank is not None and group.bank in moments and group.site.endswith(("gate_proj", "up_proj")):
+        return moments[group.bank]
+    return None
+
+
+def _weighted_gram(group: InputGroup, moments: Mapping[str, Moments]) -> Tensor:
+    """Sums, not means: an expert counts in a shared scale by the tokens it serves."""
+    seen = _moments_for(group, moments)
+    assert seen is not None and seen.gram_KK is not None
+    return seen.gram_KK if group.site in moments else seen.mean_gram_KK
+
+
+def _finite_importance(seen: Moments | None, options: QuantOptions) -> Tensor | None:
+    if seen is None or not bool(torch.isfinite(seen.square_K).all()):
+        return None
+    return diagonal_importance(seen.mean_square_K, options.grid)
+
+
+def _relative_error(weight_NK: Tensor, delta_NK: Tensor, seen: Moments | None, scale_K: Tensor | None) -> float:
+    if seen is None:
+        return float(delta_NK.square().sum() / weight_NK.square().sum().clamp(min=1e-30))
+    if scale_K is not None:
+        weight_NK, delta_NK = weight_NK / scale_K, delta_NK / scale_K
+    if seen.gram_KK is None:
+        weigh = seen.mean_square_K
+        return float((delta_NK.square() * weigh).sum() / (weight_NK.square() * weigh).sum().clamp(min=1e-30))
+    gram_KK = seen.mean_gram_KK
+    lost, whole = ((delta_NK @ gram_KK) * delta_NK).sum(), ((weight_NK @ gram_KK) * weight_NK).sum()
+    return float(lost / whole.clamp(min=1e-30))
+
+
+def sites_of(plan: LayerPlan) -> list[str]:
+    """The modules whose inputs calibration must listen to."""
+    sites = [group.site for group in plan.groups] + [fold.site for fold in plan.folds]
+    return list(dict.fromkeys([*sites, *plan.banks]))

@@ -1,0 +1,234 @@
+"""The job: layer by layer from the source's shards to the output's, one layer in memory at a time.
+
+For each layer: load it, run the calibration sequences through it while its inputs are summed up, quantize, store, and
+run the sequences again through what was stored, so that the next layer is calibrated on what it will really see.
+After a kill, finished layers are read back from their shards and only run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from quant.calib import calibration_tokens, fingerprint
+from quant.checkpoint import Checkpoint, dequantized
+from quant.config import QuantOptions
+from quant.errors import UnsupportedModel
+from quant.formats import Scheme, quantization_config
+from quant.layer import LayerResult, quantize_layer, sites_of, skip_reasons
+from quant.moments import Moments, gathering
+from quant.plan import LayerPlan, make_plan
+from quant.skeleton import Skeleton, check_finite
+from quant.workspace import Workspace
+
+_PROBE_TOKENS = 32  # enough to tell a right fold from a wrong one
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One finished layer."""
+
+    layer: int
+    layers: int
+    elapsed_s: float
+    eta_s: float
+    worst_error: float  # largest relative output error among its linears
+    resumed: bool
+
+
+def quantize_checkpoint(options: QuantOptions, out: Path, on_progress: Callable[[Progress], None]) -> dict[str, Any]:
+    """Quantize `options.model` into `out` and return the report. Raises QuantError, OSError."""
+    source = Checkpoint(options.model)
+    if source.scheme:
+        raise UnsupportedModel(
+            f"{options.model} is already quantized ({source.scheme.format}, {source.scheme.grid.bits} bits): start "
+            "from the original, or change its format with `quantize convert`"
+        )
+    device = resolve_device(options.device)
+    skeleton = Skeleton(source, device)
+    tokens_BT = None
+    if options.calib_samples:
+        tokens_BT = calibration_tokens(
+            options.model, options.calib, options.calib_samples, options.calib_tokens, options.seed
+        )
+    job = {"options": json.loads(options.model_dump_json(exclude={"device", "batch_tokens", "model", "calib"}))}
+    job |= {"source": _source_fingerprint(source), "calibration": None if tokens_BT is None else fingerprint(tokens_BT)}
+    with Workspace(out, job) as workspace:
+        walk = _Walk(options, skeleton, workspace, tokens_BT, device)
+        report = walk.run(on_progress)
+        _commit(workspace, source, options, report)
+    return report
+
+
+class _Walk:
+    """The state that goes from layer to layer: the hidden states of the calibration sequences."""
+
+    def __init__(
+        self,
+        options: QuantOptions,
+        skeleton: Skeleton,
+        workspace: Workspace,
+        tokens_BT: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self.options, self.skeleton, self.workspace, self.device = options, skeleton, workspace, device
+        self.scheme = Scheme(options.format, options.grid, quantization_config(options.format, options.grid, []))
+        self.tokens_BT = tokens_BT
+        self.hidden: list[Tensor] = []  # batches [b, T, H], in host memory
+        self.plans: dict[tuple[Any, ...], LayerPlan] = {}  # by the layer's shape
+        self.skipped: dict[str, str] = {}  # full module name -> reason
+
+    def run(self, on_progress: Callable[[Progress], None]) -> dict[str, Any]:
+        started, layers = time.monotonic(), len(self.skeleton.layers)
+        entries, fresh_s, fresh = [], 0.0, 0
+        if self.tokens_BT is not None:
+            self.hidden = [self.skeleton.embed(batch).cpu() for batch in self._batches(self.tokens_BT)]
+        for index in range(layers):
+            layer_started, shard = time.monotonic(), shard_name(index)
+            resumed = self.workspace.has(shard)
+            entry = self._resume(index, shard) if resumed else self._quantize(index, shard)
+            entries.append(entry)
+            if not resumed:
+                fresh_s, fresh = fresh_s + time.monotonic() - layer_started, fresh + 1
+            eta_s = fresh_s / max(fresh, 1) * (layers - index - 1)
+            worst = max((linear["error"] for linear in entry["linears"]), default=0.0)
+            on_progress(Progress(index + 1, layers, time.monotonic() - started, eta_s, worst, resumed))
+        rest = shard_name(layers)
+        if not self.workspace.has(rest):
+            self.workspace.put(rest, self.skeleton.checkpoint.tensors(self.skeleton.outside_names), None)
+        return self._report(entries, time.monotonic() - started)
+
+    def _quantize(self, index: int, shard: str) -> dict[str, Any]:
+        started, prefix, checkpoint = time.monotonic(), self.skeleton.layer_prefix(index), self.skeleton.checkpoint
+        weights = checkpoint.weights(prefix)
+        check_finite({prefix + name: tensor for name, tensor in weights.items()})
+        moments: dict[str, Moments] = {}
+        with self.skeleton.loaded(index, weights) as layer:
+            plan = self._plan(index, layer)
+            if self.hidden:
+                full = self.options.method != "rtn"
+                with _fast_products(), gathering(layer, sites_of(plan), full) as moments:
+                    for batch in self.hidden:
+                        self.skeleton.run(layer, index, batch.to(self.device))
+        shapes = {
+            name: (weights[f"{name}.weight"].shape[0], weights[f"{name}.weight"].shape[1]) for name in plan.matrices
+        }
+        reasons = skip_reasons(plan, shapes, prefix, self.options)
+        result = quantize_layer(weights, plan, moments, reasons, self.options, checkpoint.dtype, self.device)
+        entry = self._entry(index, plan, result, reasons, time.monotonic() - started)
+        stored = {prefix + name: tensor for name, tensor in result.tensors.items()}
+        self.workspace.put(shard, stored, entry)
+        self._forward(index, stored)
+        return entry
+
+    def _resume(self, index: int, shard: str) -> dict[str, Any]:
+        entry: dict[str, Any] = self.workspace.notes(shard)
+        self.skipped |= entry["skipped"]
+        if self.hidden:
+            self._forward(index, self.workspace.read(shard))
+        return entry
+
+    def _forward(self, index: int, stored: dict[str, Tensor]) -> None:
+        """Run the calibration sequences through the layer as stored, to the input of the next."""
+        if not self.hidden:
+            return
+        prefix = self.skeleton.layer_prefix(index)
+        moved = {name: tensor.to(self.device) for name, tensor in stored.items()}
+        weights = dequantized(moved, self.scheme, self.skeleton.checkpoint.dtype)
+        relative = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+        with self.skeleton.loaded(index, relative) as layer, _fast_products():
+            self.hidden = [self.skeleton.run(layer, index, batch.to(self.device)).cpu() for batch in self.hidden]
+
+    def _plan(self, index: int, layer: nn.Module) -> LayerPlan:
+        key = tuple((name, tuple(tensor.shape)) for name, tensor in layer.state_dict().items())
+        if key not in self.plans:
+            vocabulary = self.skeleton.model.get_input_embeddings().num_embeddings
+            probe_BT = torch.arange(_PROBE_TOKENS).mul(7919).remainder(vocabulary).unsqueeze(0)
+            hidden_BTH = self.skeleton.embed(probe_BT)
+            args, kwargs = self.skeleton.arguments(index, hidden_BTH)
+            self.plans[key] = make_plan(layer, hidden_BTH, args, kwargs)
+        return self.plans[key]
+
+    def _entry(
+        self, index: int, plan: LayerPlan, result: LayerResult, reasons: dict[str, str], seconds: float
+    ) -> dict[str, Any]:
+        prefix = self.skeleton.layer_prefix(index)
+        quantized = {report.name for report in result.linears}
+        left = {
+            prefix + name: reasons.get(name, "not a linear layer") for name in plan.matrices if name not in quantized
+        }
+        self.skipped |= left
+        linears = [report.as_json() for report in result.linears]
+        return {"layer": index, "seconds": round(seconds, 3), "linears": linears, "skipped": left}
+
+    def _batches(self, tokens_BT: Tensor) -> Iterator[Tensor]:
+        yield from tokens_BT.split(max(1, self.options.batch_tokens // tokens_BT.shape[1]))
+
+    def _report(self, entries: list[dict[str, Any]], elapsed_s: float) -> dict[str, Any]:
+        peak_device = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        return {
+            "options": json.loads(self.options.model_dump_json()),
+            "layers": entries,
+            "skipped": self.skipped | {"lm_head": "left alone: output embeddings lose the most"},
+            "calibration_tokens": 0 if self.tokens_BT is None else self.tokens_BT.numel(),
+            "elapsed_s": round(elapsed_s, 1),
+            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_device_bytes": peak_device,
+            "device": str(self.device),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+
+
+@contextlib.contextmanager
+def _fast_products() -> Iterator[None]:
+    """Inside, CUDA multiplies float32 matrices in TF32: ten bits of mantissa, still more than the weights' own."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device, or the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def shard_name(index: int) -> str:
+    """The shard of a layer; the one after the last layer's holds everything else."""
+    return f"model-{index + 1:05d}.safetensors"
+
+
+def _commit(workspace: Workspace, source: Checkpoint, options: QuantOptions, report: dict[str, Any]) -> None:
+    config = quantization_config(options.format, options.grid, sorted(report["skipped"]))
+    manifest = {
+        "kind": "checkpoint",
+        "manifest_version": 1,
+        "method": options.method,
+        "format": options.format,
+        "grid": options.grid.model_dump(),
+        "source": {"name": options.model.name, "fingerprint": _source_fingerprint(source)},
+    }
+    workspace.commit(options.model, source.config | {"quantization_config": config}, manifest, report)
+
+
+def _source_fingerprint(source: Checkpoint) -> str:
+    """Identifies a checkpoint by its tensors' names, shapes and files' sizes and times, without reading the weights."""
+    files = sorted({entry.file for entry in source.entries.values()})
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    shapes = sorted((name, entry.dtype, entry.shape) for name, entry in source.entries.items())
+    return hashlib.sha256(json.dumps([source.config, stats, shapes]).encode()).hexdigest()[:16]

@@ -1,0 +1,53 @@
+"""Calibration sequences: bundled, from texts, from chats through the model's own template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from quant.calib import calibration_tokens, cut, read_records  # noqa: E402
+from quant.errors import BadCalibration  # noqa: E402
+
+
+def test_bundled_texts_are_enough_and_reproducible(model_of: Callable[[str], Path]) -> None:
+    first = calibration_tokens(model_of("llama"), None, 128, 512, seed=0)
+    assert first.shape == (128, 512)
+    assert torch.equal(first, calibration_tokens(model_of("llama"), None, 128, 512, seed=0))
+    assert not torch.equal(first, calibration_tokens(model_of("llama"), None, 128, 512, seed=1))
+    assert sum(len(record["text"]) for record in read_records(None)) > 300_000
+
+
+def test_chats_go_through_the_models_template(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    import transformers
+
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    tokens = calibration_tokens(model_of("llama"), tmp_path / "c.jsonl", 4, 100, seed=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_of("llama"))
+    assert tokens.shape[0] == 1
+    assert tokenizer.decode(tokens[0]) == "<s>user: hi</s>"
+
+
+def test_sequences_are_equal_disjoint_and_whole() -> None:
+    assert cut(list(range(25)), samples=9, length_tokens=8).flatten().tolist() == list(range(24))
+    assert cut(list(range(25)), samples=2, length_tokens=8).tolist() == [list(range(8)), list(range(8, 16))]
+    assert cut(list(range(5)), samples=2, length_tokens=8).tolist() == [list(range(5))]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{broken\n", "line 1 is not JSON"),
+        ('{"prompt": "x"}\n', "line 1: expected"),
+        ('{"text": 5}\n', "line 1: expected"),
+        ("\n", "holds 0 tokens"),
+    ],
+)
+def test_unusable_files_say_where(content: str, message: str, model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text(content)
+    with pytest.raises(BadCalibration, match=message):
+        calibration_tokens(model_of("llama"), tmp_path / "c.jsonl", 4, 8, seed=0)

@@ -1,0 +1,91 @@
+"""The command line: defaults, refusals in one line, exit statuses, and a real process killed in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from quant.cli import quantize
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(quantize, [str(arg) for arg in args], catch_exceptions=False)
+
+
+def test_usage_errors_need_no_torch(tmp_path: Path) -> None:
+    assert "--model and --out are required" in call("--method", "rtn").output
+    assert call("verify", tmp_path).exit_code == 1
+
+
+def test_options_that_no_format_holds(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    model = model_of("llama")
+    eight = call("--model", model, "--out", tmp_path / "o", "--bits", "8")
+    assert "the awq format holds 4 bits, not 8" in eight.output
+    asymmetric = call("--model", model, "--out", tmp_path / "o", "--method", "gptq", "--asymmetric")
+    assert "written symmetric" in asymmetric.output
+    uncalibrated = call("--model", model, "--out", tmp_path / "o", "--method", "awq", "--calib-samples", "0")
+    assert "awq needs calibration" in uncalibrated.output
+    assert {eight.exit_code, asymmetric.exit_code, uncalibrated.exit_code} == {2}
+
+
+def test_quantize_verify_convert(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    model, out, text = model_of("llama"), tmp_path / "out", tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    few = ("--calib-samples", 4, "--calib-tokens", 32, "--group-size", 64, "--device", "cpu")
+    made = call("--model", model, "--out", out, "--method", "gptq", *few)
+    assert made.exit_code == 0, made.output
+    assert f"wrote {out}" in made.output
+    assert json.loads((out / "quant_report.json").read_text())["options"]["method"] == "gptq"
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert {"config.json", "model-00001.safetensors", "tokenizer.json"} <= manifest["files"].keys()
+
+    verified = call("verify", out, "--json", "--original", model, "--text", text, "--samples", 4, "--tokens", 64)
+    assert verified.exit_code == 0
+    found = json.loads(verified.output)
+    assert found["format"] == "gptq"
+    assert found["round_trip_linears"] == 14
+    assert found["quality"]["kl_nats"] < 0.3
+
+    refused = call("verify", out, "--engine", "lmdeploy", "--static", "--json")
+    assert refused.exit_code == 1
+    assert "groups of 128 only" in refused.output
+    assert call("verify", out, "--engine", "vllm", "--device", "cpu", "--static").exit_code == 0
+
+    converted = call("convert", out, "--format", "compressed-tensors", "--out", tmp_path / "ct")
+    assert converted.exit_code == 0, converted.output
+    assert call("verify", tmp_path / "ct").exit_code == 0
+
+
+def test_failures_are_one_line(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    plain = call("verify", model_of("llama"))
+    assert plain.exit_code == 1
+    assert plain.output.startswith("Error: ")
+    assert "is not quantized" in plain.output
+    existing = call("--model", model_of("llama"), "--out", tmp_path)
+    assert "exists already" in existing.output
+
+
+def test_kill_9_in_the_middle_then_the_same_command_again(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    argv = [sys.executable, "-m", "quant", "--model", str(model_of("llama")), "--out", str(out), "--method", "awq"]
+    argv += ["--group-size", "64", "--calib-samples", "8", "--calib-tokens", "64", "--device", "cpu"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    with subprocess.Popen(argv, stderr=subprocess.DEVNULL, env=environment) as process:
+        deadline = time.monotonic() + 90
+        while not (partial / "model-00001.safetensors").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert not out.exists()
+    again = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=90, check=True)
+    assert again.stdout == f"wrote {out}\n"
+    assert call("verify", out, "--static").exit_code == 0
