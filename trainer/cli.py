@@ -1,0 +1,188 @@
+"""`gateway train …`. Flags come from the configuration models; torch is imported only when a run begins."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import yaml
+from pydantic.fields import FieldInfo
+
+from trainer import config as configs
+from trainer.control import PauseRequest
+from trainer.data import validate
+from trainer.errors import TrainError
+from trainer.formats import FormatName, parse_conversation, parse_preference
+
+EXIT_PAUSED = 75  # EX_TEMPFAIL: run `train resume` to go on
+
+
+@click.group()
+def train() -> None:
+    """Fine-tune a model into an adapter that the gateway serves."""
+
+
+def _method_command(method: str, schema: type[configs.TrainConfig]) -> click.Command:
+    def run(config_file: Path | None, print_config: bool, **flags: Any) -> None:
+        with _shown_as_click_error():
+            config = configs.load(method, config_file, _given(flags, schema))
+            if print_config:
+                click.echo(configs.dump(config), nl=False)
+                return
+            _exit(_runs().start(config), config.output_dir)
+
+    run.__doc__ = f"{schema.__doc__} A flag wins over the file."
+    command = click.command(method, cls=_GroupedCommand)(run)
+    command.params = [
+        click.Option(
+            ["--config", "config_file"], type=click.Path(path_type=Path), help="YAML file with the keys below."
+        ),
+        click.Option(["--print-config"], is_flag=True, help="Print the resolved configuration and stop."),
+        *(_option(name, info) for name, info in schema.model_fields.items() if info.json_schema_extra),
+    ]
+    return command
+
+
+@train.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+def resume(run_dir: Path) -> None:
+    """Go on with a paused, killed or failed run, exactly where its last checkpoint stands."""
+    with _shown_as_click_error():
+        _exit(_runs().resume(run_dir), run_dir)
+
+
+@train.command()
+@click.argument("run_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def pause(run_dir: Path) -> None:
+    """Ask a run to stop after its step, with a checkpoint. Same as SIGUSR1, SIGTERM or Ctrl-C to its process."""
+    PauseRequest(run_dir).ask()
+    click.echo(f"asked; go on later with `gateway train resume {run_dir}`")
+
+
+@train.command("check-data")
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--method", type=click.Choice(list(configs.CONFIGS)), default="sft", show_default=True)
+@click.option("--data-format", type=click.Choice(typing.get_args(FormatName)), default="auto", show_default=True)
+def check_data(files: tuple[Path, ...], method: str, data_format: FormatName) -> None:
+    """Check JSONL files line by line, without a model: every bad line is named."""
+    parse = parse_conversation if method == "sft" else parse_preference
+    with _shown_as_click_error():
+        summary = validate(files, lambda row: parse(row, data_format))
+    click.echo(f"{summary.examples} good examples, sha256 {summary.sha256}")
+
+
+def _runs() -> ModuleType:
+    """`trainer.run`, which imports torch."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise click.ClickException(
+            f"training needs {' and '.join(missing)}: pip install 'tunegate[train]' "
+            "(for a machine without GPU, take torch from its CPU index)"
+        )
+    # Beside a busy server on the same cores, threads that spin while they wait make a step several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return importlib.import_module("trainer.run")
+
+
+def _exit(ending: str, directory: Path) -> None:
+    if ending == "paused":
+        click.echo(f"paused; go on with `gateway train resume {directory}`", err=True)
+        sys.exit(EXIT_PAUSED)
+    click.echo(f"{ending}: {directory}")
+
+
+class _shown_as_click_error:  # reads as a function where it is used
+    """Every failure of the trainer becomes one message and exit status 1."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, TrainError):
+            raise click.ClickException(str(error)) from error
+
+
+class _Option(click.Option):
+    """An option that knows its heading in --help."""
+
+    group = "Options"
+
+
+class _GroupedCommand(click.Command):
+    """Lists options under their groups' headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "group", "Options"), []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records, col_max=30)
+
+
+def _option(name: str, info: FieldInfo) -> click.Option:
+    extra = typing.cast(dict[str, Any], info.json_schema_extra)
+    kind, multiple = _click_type(info.annotation)
+    flag = "--" + name.replace("_", "-")
+    shown = "" if info.default in (None, (), {}) or info.is_required() else _shown_default(info.default)
+    option = _Option(
+        [f"{flag}/--no-{flag[2:]}" if kind is bool else flag, name],
+        type=kind,
+        multiple=multiple,
+        default=None,
+        help=f"{info.description}{shown}",
+    )
+    option.group = str(extra["group"])
+    return option
+
+
+def _shown_default(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = " ".join(map(str, value))
+    return f" [{str(value).lower() if isinstance(value, bool) else value}]"
+
+
+def _click_type(annotation: Any) -> tuple[Any, bool]:
+    """(click type, repeatable) of a field's annotation; Optional is looked through."""
+    arguments = [argument for argument in typing.get_args(annotation) if argument is not type(None)]
+    origin = typing.get_origin(annotation)
+    if origin is dict:
+        return str, True
+    if origin is tuple:
+        return _click_type(arguments[0])[0], True
+    if origin is typing.Literal:
+        return click.Choice(arguments), False
+    if arguments:
+        return _click_type(arguments[0])
+    return (click.Path(path_type=Path), False) if annotation is Path else (annotation, False)
+
+
+def _given(flags: dict[str, Any], schema: type[configs.TrainConfig]) -> dict[str, Any]:
+    """Only the flags that were really on the command line; KEY=VALUE ones as a mapping."""
+    values = {name: value for name, value in flags.items() if value not in (None, ())}
+    for name, value in values.items():
+        if typing.get_origin(schema.model_fields[name].annotation) is dict:
+            values[name] = _mapping(name, value)
+    return values
+
+
+def _mapping(name: str, items: Sequence[str]) -> dict[str, Any]:
+    pairs = [item.rpartition("=") for item in items]
+    for item, (key, _, _) in zip(items, pairs, strict=True):
+        if not key:
+            raise click.BadParameter(f"give KEY=VALUE, not {item!r}", param_hint=f"--{name.replace('_', '-')}")
+    return {key: yaml.safe_load(value) for key, _, value in pairs}
+
+
+for _name, _schema in configs.CONFIGS.items():
+    train.add_command(_method_command(_name, _schema))

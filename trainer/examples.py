@@ -1,0 +1,37 @@
+"""From a row of data to the token sequences of one example, as the configuration's method wants them."""
+
+from __future__ import annotations
+
+from trainer.config import PreferenceConfig, TrainConfig
+from trainer.dataset import Tokenise
+from trainer.errors import RowError
+from trainer.formats import Conversation, Row, parse_conversation, parse_preference
+from trainer.masks import ChatTemplate, TokenSequence
+from trainer.model import BaseModel
+
+
+def tokeniser(config: TrainConfig, base: BaseModel) -> Tokenise:
+    """The function that tokenises one row. It raises RowError for a bad one."""
+    template = ChatTemplate(
+        base.tokenizer,
+        stop_ids=base.stop_ids,
+        template_kwargs=config.template_kwargs,
+        train_on_thinking=config.train_on_thinking,
+    )
+
+    def conversation(row: Row) -> list[TokenSequence]:
+        parsed = parse_conversation(row, config.data_format)
+        return template.sequences(_last_turn_only(parsed) if config.train_on == "last" else parsed)
+
+    def preference(row: Row) -> list[TokenSequence]:
+        parsed = parse_preference(row, config.data_format)
+        return template.sequences(parsed.chosen) + template.sequences(parsed.rejected)
+
+    return preference if isinstance(config, PreferenceConfig) else conversation
+
+
+def _last_turn_only(conversation: Conversation) -> Conversation:
+    weights = [0.0] * (len(conversation.weights) - 1) + conversation.weights[-1:]
+    if not weights[-1]:
+        raise RowError("nothing to learn: the last assistant message has weight 0")
+    return Conversation(conversation.messages, weights, conversation.tools)

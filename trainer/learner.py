@@ -1,0 +1,96 @@
+"""The primitive that every method stands on: `forward_backward(objective)` on packed rows, then `optim_step`.
+
+Nothing here makes the host wait for the device: losses, norms and the decision to skip a non-finite step stay there,
+and come back as tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.logprobs import score_targets, target_logprobs, weighted_nll
+from trainer.lora import LoraAdapter
+from trainer.model import BaseModel
+from trainer.objectives import Metrics, PerToken, Sft
+from trainer.pack import PackedBatch
+
+
+class Learner:
+    """A model, what of it is trained, and the optimizer."""
+
+    def __init__(self, base: BaseModel, adapter: LoraAdapter | None, *, weight_decay: float) -> None:
+        self.base = base
+        self.adapter = adapter
+        self.parameters: dict[str, nn.Parameter] = dict(adapter.parameters() if adapter else _all(base.model))
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True
+        )
+
+    def forward_backward(self, batch: PackedBatch, objective: Sft | PerToken, normaliser: float) -> Metrics:
+        """Add the row's share of the gradient; the sums to report, `loss` among them, already divided."""
+        self.base.model.train()
+        hidden_KH = self.base.hidden_KH(batch)
+        if isinstance(objective, Sft):
+            loss = weighted_nll(hidden_KH, self.base.head_VH, batch.targets_K, batch.weights_K / normaliser)
+            metrics: Metrics = {}
+        else:
+            reference_K = self._reference_logprobs(batch) if objective.needs_reference else None
+            logprobs_K = target_logprobs(hidden_KH, self.base.head_VH, batch.targets_K)
+            summed, metrics = objective.loss(logprobs_K, reference_K, batch)
+            loss = summed / normaliser
+        loss.backward()
+        return {"loss": loss.detach()} | {name: value / normaliser for name, value in metrics.items()}
+
+    def optim_step(self, learning_rate: float, max_grad_norm: float) -> Metrics:
+        """Clip, step, clear. A step with non-finite gradients changes nothing and is counted in `skipped`."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        skipped = (~norm.isfinite()).float()
+        torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), max_grad_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        # The fused kernel reads this on the device and leaves weights and moments alone where it is 1.
+        self.optimizer.found_inf = skipped
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "skipped": skipped}
+
+    @torch.no_grad()
+    def evaluate(self, batch: PackedBatch, objective: Sft | PerToken) -> Metrics:
+        """Sums over the row: `loss` as in training, and for SFT right tokens and wholly right sequences."""
+        self.base.model.eval()
+        hidden_KH = self.base.hidden_KH(batch)
+        logprobs_K, greedy_K = score_targets(hidden_KH, self.base.head_VH, batch.targets_K)
+        if not isinstance(objective, Sft):
+            reference_K = self._reference_logprobs(batch) if objective.needs_reference else None
+            loss, metrics = objective.loss(logprobs_K, reference_K, batch)
+            return {"loss": loss, **metrics}
+        # Every target likeliest given the ones before it: greedy decoding would give exactly this answer.
+        missed_S = batch.sum_by_sequence((~greedy_K).float())
+        return {
+            "loss": -(logprobs_K * batch.weights_K).sum(),
+            "token_accuracy": greedy_K.float().sum(),
+            "exact_match": (missed_S == 0).float().sum(),
+        }
+
+    def score(self, batch: PackedBatch) -> torch.Tensor:
+        """log p of each target of the row, float32 [K]. No gradient."""
+        return self._logprobs(batch, contextlib.nullcontext())
+
+    def _reference_logprobs(self, batch: PackedBatch) -> torch.Tensor:
+        assert self.adapter is not None, "the reference is the base with the adapter off"
+        return self._logprobs(batch, self.adapter.disabled())
+
+    @torch.no_grad()
+    def _logprobs(self, batch: PackedBatch, context: Any) -> torch.Tensor:
+        with context:
+            hidden_KH = self.base.hidden_KH(batch)
+        return score_targets(hidden_KH, self.base.head_VH, batch.targets_K)[0]
+
+
+def _all(model: Any) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

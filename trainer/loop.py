@@ -1,0 +1,226 @@
+"""The training loop: steps, evaluations, checkpoints, pause. One optimizer step is
+
+    examples of the step -> rows of at most budget_tokens -> forward_backward each -> optim_step
+
+and every loss is divided by the total of the whole step, so neither packing nor row count changes the mathematics.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from trainer.checkpoint import CheckpointStore, TrainState
+from trainer.config import TrainConfig
+from trainer.control import PauseRequest
+from trainer.dataset import TokenDataset
+from trainer.errors import CheckpointError, DivergedError, ModelError
+from trainer.events import EventLog
+from trainer.learner import Learner
+from trainer.objectives import Metrics, PerToken, Sft
+from trainer.pack import collate, micro_batches
+from trainer.progress import ProgressView
+from trainer.readback import Readback
+from trainer.schedule import DataOrder, learning_rate
+
+_MAX_SKIPPED_STEPS = 10  # in a row
+
+
+class Ending(StrEnum):
+    """Why the loop returned."""
+
+    FINISHED = "finished"
+    STOPPED_EARLY = "stopped early"
+    PAUSED = "paused"
+
+
+@dataclass
+class Training:
+    """Everything a run needs, put together by `run.py`."""
+
+    config: TrainConfig
+    learner: Learner
+    objective: Sft | PerToken
+    dataset: TokenDataset
+    eval_dataset: TokenDataset | None
+    order: DataOrder
+    total_steps: int
+    checkpoints: CheckpointStore
+    events: EventLog
+    view: ProgressView
+    pause: PauseRequest
+    state: TrainState = field(default_factory=TrainState)
+    measured_from: float = 0.0  # perf_counter when the step being measured began
+    skipped_in_row: int = 0  # steps left out for non-finite gradients, up to now
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        return round(self.config.warmup_ratio * self.total_steps)
+
+
+def train(run: Training) -> Ending:
+    """Run until done, paused or stopped early; a checkpoint of the last step is on disk then.
+
+    Raises DivergedError, ModelError (out of memory), CheckpointError (only for the last checkpoint).
+    """
+    readback = Readback(run.learner.base.device)
+    if _patience_over(run):
+        return Ending.STOPPED_EARLY  # an earlier start got here and could not export
+    if run.eval_dataset and run.state.step == 0:
+        _evaluate(run)  # the adapter changes nothing yet: this is the base model's score
+    run.measured_from = time.perf_counter()
+    while run.state.step < run.total_steps:
+        if reason := run.pause.reason():
+            _finish_records(run, readback.drain())
+            run.checkpoints.save(run.learner, run.state)
+            run.events.write("paused", step=run.state.step, reason=reason)
+            return Ending.PAUSED
+        _finish_records(run, readback.push(*_step(run)))
+        config, step = run.config, run.state.step
+        last = step == run.total_steps
+        if run.eval_dataset and (last or (config.eval_every and step % config.eval_every == 0)):
+            _finish_records(run, readback.drain())
+            if _evaluate_and_judge(run):
+                run.checkpoints.save(run.learner, run.state)
+                return Ending.STOPPED_EARLY
+        if not last and config.save_every and step % config.save_every == 0:
+            _finish_records(run, readback.drain())
+            _try_checkpoint(run)
+    _finish_records(run, readback.drain())
+    run.checkpoints.save(run.learner, run.state)
+    return Ending.FINISHED
+
+
+def _step(run: Training) -> tuple[dict[str, Any], Metrics]:
+    """One optimizer step. The record has what the host knows; the metrics are still on the device."""
+    config, learner, state = run.config, run.learner, run.state
+    examples = run.order.batch(state.step)
+    normaliser = run.objective.normaliser(run.dataset, examples)
+    total: Metrics = {}
+    tokens = trained = 0
+    try:
+        for group in micro_batches(run.dataset, examples, config.budget_tokens, packing=config.packing):
+            batch = collate(run.dataset, group, learner.base.device)
+            for name, value in learner.forward_backward(batch, run.objective, normaliser).items():
+                total[name] = total[name] + value if name in total else value
+            tokens += batch.tokens
+            trained += len(batch.rows_K)
+        rate = learning_rate(
+            state.step,
+            run.total_steps,
+            peak=config.learning_rate,
+            schedule=config.schedule,
+            warmup_steps=run.warmup_steps,
+        )
+        total |= learner.optim_step(rate, config.max_grad_norm)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"out of device memory with rows of {config.budget_tokens} tokens: lower --micro-batch-tokens "
+            f"(not below the longest example, {run.dataset.meta.longest_tokens}), or set --gradient-checkpointing"
+        ) from error
+    state.step += 1
+    state.tokens += tokens
+    state.trained_tokens += trained
+    record = {
+        "step": state.step,
+        "epoch": round(state.step / run.order.steps_per_epoch, 4),
+        "learning_rate": rate,
+        "tokens": tokens,
+        "trained_tokens": trained,
+    }
+    return record, total
+
+
+def _finish_records(run: Training, records: list[dict[str, Any]]) -> None:
+    """Log finished steps. Raises DivergedError."""
+    for record in records:
+        # Between two finished steps: the device's own pace, however far the host runs ahead.
+        elapsed_s = time.perf_counter() - run.measured_from
+        run.measured_from += elapsed_s
+        run.state.seconds += elapsed_s
+        record["tokens_per_s"] = round(record["tokens"] / elapsed_s, 1)
+        skipped = bool(record.pop("skipped"))
+        run.skipped_in_row = run.skipped_in_row + 1 if skipped else 0
+        if skipped:
+            run.events.write("warning", step=record["step"], message="non-finite gradients: the step was left out")
+        run.events.write("step", **_json_safe(record))
+        run.view.step(record)
+        if run.skipped_in_row >= _MAX_SKIPPED_STEPS:
+            raise DivergedError(
+                f"{run.skipped_in_row} steps in a row up to {record['step']} had non-finite gradients; lower "
+                f"--learning-rate (now {run.config.learning_rate:g}) or look at the data of these steps"
+            )
+
+
+def evaluate(
+    learner: Learner, objective: Sft | PerToken, dataset: TokenDataset, config: TrainConfig
+) -> dict[str, float]:
+    """Loss and accuracies over a whole dataset, in rows of the size that training uses."""
+    examples = list(range(len(dataset)))
+    sums: Metrics = {}
+    tokens = sequences = 0
+    # Best fit is quadratic in the items: plan a stretch at a time.
+    for first in range(0, len(examples), 1024):
+        stretch = examples[first : first + 1024]
+        for group in micro_batches(dataset, stretch, config.budget_tokens, packing=config.packing):
+            batch = collate(dataset, group, learner.base.device)
+            for name, value in learner.evaluate(batch, objective).items():
+                sums[name] = sums[name] + value.double() if name in sums else value.double()
+            tokens += len(batch.rows_K)
+            sequences += batch.sequences
+    divisor = {"token_accuracy": float(tokens), "exact_match": float(sequences)}
+    normaliser = objective.normaliser(dataset, examples)
+    return {name: float(value) / divisor.get(name, normaliser) for name, value in sums.items()}
+
+
+def _evaluate(run: Training) -> dict[str, float]:
+    """Evaluate the model as it stands, and log it."""
+    assert run.eval_dataset is not None
+    started = time.perf_counter()
+    metrics = evaluate(run.learner, run.objective, run.eval_dataset, run.config)
+    seconds = round(time.perf_counter() - started, 2)
+    run.events.write("eval", step=run.state.step, seconds=seconds, **_json_safe(metrics))
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    run.view.note(f"eval at step {run.state.step}: {shown}")
+    return metrics
+
+
+def _evaluate_and_judge(run: Training) -> bool:
+    """Evaluate, remember and save the best; true when patience is over."""
+    metrics, state = _evaluate(run), run.state
+    if state.best_loss is None or metrics["loss"] < state.best_loss:
+        state.best_step, state.best_loss, state.evaluations_without_gain = state.step, metrics["loss"], 0
+        _try_checkpoint(run)
+    else:
+        state.evaluations_without_gain += 1
+    run.measured_from = time.perf_counter()
+    return _patience_over(run)
+
+
+def _patience_over(run: Training) -> bool:
+    patience = run.config.early_stopping
+    return patience is not None and run.state.evaluations_without_gain >= patience
+
+
+def _try_checkpoint(run: Training) -> None:
+    """A checkpoint on the way: if the disk is full, training goes on and the next one tries again."""
+    try:
+        path = run.checkpoints.save(run.learner, run.state)
+        run.events.write("checkpoint", step=run.state.step, path=path.name)
+    except CheckpointError as error:
+        run.events.write("warning", step=run.state.step, message=str(error))
+        run.view.note(f"warning: {error}")
+    run.measured_from = time.perf_counter()
+
+
+def _json_safe(values: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinity are no JSON numbers."""
+    return {
+        key: None if isinstance(value, float) and not abs(value) < float("inf") else value
+        for key, value in values.items()
+    }

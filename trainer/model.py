@@ -1,0 +1,136 @@
+"""The base model and its tokenizer, loaded for training on packed rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from trainer import attention
+from trainer.config import TrainConfig
+from trainer.errors import ModelError
+from trainer.pack import PackedBatch
+
+# Ways in which a model changes its logits after the vocabulary matrix; `logprobs.py` computes none of them.
+_LOGIT_QUIRKS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": None}
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A causal language model, its tokenizer, and where they came from."""
+
+    model: Any
+    tokenizer: Any
+    path: Path
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def head_VH(self) -> torch.Tensor:
+        """The vocabulary matrix."""
+        head: torch.Tensor = self.model.get_output_embeddings().weight
+        return head
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer, beside the tokenizer's own."""
+        ids = self.model.generation_config.eos_token_id
+        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+    def hidden_KH(self, batch: PackedBatch) -> torch.Tensor:
+        """The last hidden states that predict a target, of one forward pass over the row."""
+        output = self.model.base_model(
+            input_ids=batch.token_ids_1T,
+            position_ids=batch.positions_1T,
+            segments=batch.segments,
+            use_cache=False,
+        )
+        hidden: torch.Tensor = output.last_hidden_state[0].index_select(0, batch.rows_K)
+        return hidden
+
+
+def load_base(config: TrainConfig) -> BaseModel:
+    """Load model and tokenizer as the configuration says. Raises ModelError."""
+    path = resolve_model(config.model)
+    device = _device(config.device)
+    dtype = _dtype(config, device)
+    disable_progress_bar()
+    with _as_model_error(path):
+        settings = AutoConfig.from_pretrained(path)
+        _refuse_unsupported(settings, path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
+    model.to(device)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return BaseModel(model, tokenizer, path, device, dtype)
+
+
+def resolve_model(name: str) -> Path:
+    """The checkpoint directory of a path, `demo` or hub id. Raises ModelError."""
+    if (Path(name).expanduser() / "config.json").is_file():
+        return Path(name).expanduser().absolute()
+    if name == "demo":
+        home = Path(os.environ.get("TUNEGATE_HOME") or Path.home() / ".tunegate")
+        if (home / "models" / "demo" / "config.json").is_file():
+            return home / "models" / "demo"
+        raise ModelError("the demo model is not there yet: run `gateway models pull demo`")
+    if Path(name).expanduser().exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(f"--model {name}: no config.json there; give a checkpoint directory, a hub id, or `demo`")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"--model {name} could not be fetched from the hub: {error}") from error
+
+
+def _refuse_unsupported(settings: Any, path: Path) -> None:
+    text = settings.get_text_config()
+    if getattr(settings, "quantization_config", None):
+        raise ModelError(f"{path} is quantized; the trainer needs the unquantized checkpoint")
+    for name, harmless in _LOGIT_QUIRKS.items():
+        value = getattr(text, name, None)
+        if value is not None and value != harmless:
+            raise ModelError(f"{path} scales its logits ({name}={value}), which the trainer cannot do yet")
+    odd = {kind for kind in getattr(text, "layer_types", None) or () if kind not in _ATTENTION_LAYERS}
+    if odd:
+        raise ModelError(f"{path} has layers of kind {', '.join(sorted(odd))}; the trainer packs attention layers only")
+
+
+_ATTENTION_LAYERS = ("full_attention", "sliding_attention")
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError(
+            "--device cuda, but torch sees no CUDA device; use --device cpu or install a CUDA build of torch"
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.tuning == "full" and config.dtype == "bfloat16":
+        raise ModelError(
+            "full-parameter training in bfloat16 loses small updates; use --dtype float32, or --tuning lora"
+        )
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and config.tuning == "lora" else torch.float32
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+@contextmanager
+def _as_model_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} cannot be loaded: {error}") from error

@@ -1,0 +1,120 @@
+"""Which examples share a forward pass, and the one row of tensors they become. There is no padding anywhere.
+
+A batch of the optimizer is a set of examples. Packing only groups them into rows of at most a budget of tokens, and
+the loss of the whole batch is one weighted mean, so packing changes speed and nothing else.
+
+Shapes: T tokens of a row, K targets (tokens with a weight), S sequences in the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from trainer.dataset import TokenDataset
+
+
+class Segments(NamedTuple):
+    """Where sequences lie in a row; attention stays within each."""
+
+    offsets_S1: torch.Tensor  # int32 [S + 1], on the device of the row
+    lengths: tuple[int, ...]  # the same on the host, in tokens
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One row for one forward pass."""
+
+    token_ids_1T: torch.Tensor
+    positions_1T: torch.Tensor
+    segments: Segments
+    rows_K: torch.Tensor  # which of the T hidden states predict a target
+    targets_K: torch.Tensor
+    weights_K: torch.Tensor  # float32
+    sequence_K: torch.Tensor  # which sequence each target belongs to
+    sequences: int  # S
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.token_ids_1T.shape[1]
+
+    def sum_by_sequence(self, values_K: torch.Tensor) -> torch.Tensor:
+        """[S] sums of a per-target value."""
+        return torch.zeros(self.sequences, dtype=values_K.dtype, device=values_K.device).index_add(
+            0, self.sequence_K, values_K
+        )
+
+
+def plan(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
+    """Group items into bins of at most the budget, by best fit of the longest first; an item over it gets its own bin.
+
+    Pure and deterministic; each bin lists its items in ascending order.
+    """
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [b for b, room in enumerate(free) if room >= lengths[item]]
+        if fitting:
+            best = min(fitting, key=lambda b: free[b])
+            bins[best].append(item)
+            free[best] -= lengths[item]
+        else:
+            bins.append([item])
+            free.append(budget_tokens - lengths[item])
+    return [sorted(items) for items in bins]
+
+
+def micro_batches(
+    dataset: TokenDataset, examples: Sequence[int], budget_tokens: int, *, packing: bool
+) -> list[list[int]]:
+    """The examples of one optimizer step as groups, each for one forward pass."""
+    if not packing:
+        return [[example] for example in examples]
+    bins = plan([dataset.length_tokens(example) for example in examples], budget_tokens)
+    return [[examples[i] for i in items] for items in bins]
+
+
+def collate(dataset: TokenDataset, examples: Sequence[int], device: torch.device) -> PackedBatch:
+    """The examples' sequences, one after the other, on the device. Each gives all but its last token as input."""
+    pairs = [sequence for example in examples for sequence in dataset.sequences(example)]
+    return pack_sequences(pairs, device)
+
+
+def pack_sequences(pairs: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> PackedBatch:
+    """A row from (token ids, weights) of whole sequences."""
+    lengths = tuple(len(ids) - 1 for ids, _ in pairs)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    weights_T = np.concatenate([weights[1:] for _, weights in pairs])
+    rows_K = np.flatnonzero(weights_T)
+    columns = {
+        "token_ids": np.concatenate([ids[:-1] for ids, _ in pairs]).astype(np.int64)[None],
+        "positions": np.concatenate([np.arange(length) for length in lengths])[None],
+        "offsets": offsets.astype(np.int32),
+        "rows": rows_K,
+        "targets": np.concatenate([ids[1:] for ids, _ in pairs]).astype(np.int64)[rows_K],
+        "weights": weights_T[rows_K].astype(np.float32),
+        "sequence": np.repeat(np.arange(len(pairs)), lengths)[rows_K],
+    }
+    on_device = {name: _to_device(column, device) for name, column in columns.items()}
+    return PackedBatch(
+        token_ids_1T=on_device["token_ids"],
+        positions_1T=on_device["positions"],
+        segments=Segments(on_device["offsets"], lengths, max(lengths)),
+        rows_K=on_device["rows"],
+        targets_K=on_device["targets"],
+        weights_K=on_device["weights"],
+        sequence_K=on_device["sequence"],
+        sequences=len(pairs),
+    )
+
+
+def _to_device(column: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(column)
+    # A copy from pinned memory does not make the host wait for the device.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
