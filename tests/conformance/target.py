@@ -1,0 +1,75 @@
+"""What the suite talks to: a gateway over one emulated engine, and the strings behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+
+from tests.support.engines import checkpoint, state_of
+from tests.support.gateway import Gateway, gateway
+
+API_KEY = "sk-conformance"
+CONTEXT_TOKENS = 16384  # room for the longest stream of the suite
+TOOL_PARSERS = {"vllm": "hermes", "sglang": "qwen25", "lmdeploy": "qwen2d5"}
+
+
+@dataclass
+class Target:
+    """A served model, and the emulator that answers for it."""
+
+    engine: str
+    gateway: Gateway
+    control: httpx2.Client
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.gateway.url}/v1"
+
+    @property
+    def model(self) -> str:
+        return self.gateway.model
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        """The official client, told nothing but where to go. No retries unless asked for."""
+        return openai.OpenAI(**{"base_url": self.base_url, "api_key": API_KEY, "max_retries": 0, **options})
+
+    def async_client(self, **options: Any) -> openai.AsyncOpenAI:
+        """The same for asyncio."""
+        return openai.AsyncOpenAI(**{"base_url": self.base_url, "api_key": API_KEY, "max_retries": 0, **options})
+
+    def script(self, **fields: Any) -> None:
+        """Make the engine behave so (backends/emulator/script.py)."""
+        answer = self.control.post("/emulator/script", json=fields)
+        assert answer.status_code == 200, answer.text
+
+    def fault(self, kind: str, **fields: Any) -> None:
+        """Make this go wrong in the engine, and nothing else."""
+        self.script(faults=[{"kind": kind, **fields}])
+
+    def last_number(self) -> int:
+        """The number of the engine's latest request."""
+        return max((sight["number"] for sight in self.seen()), default=0)
+
+    def seen(self, since: int = 0) -> list[dict[str, Any]]:
+        """The engine's requests for inference after number `since`."""
+        sights: list[dict[str, Any]] = self.control.get("/emulator/seen", params={"since": since}).json()
+        return [sight for sight in sights if sight["path"].endswith(("completions", "embeddings"))]
+
+
+@contextlib.contextmanager
+def serving(engine: str, *flags: str) -> Iterator[Target]:
+    """A gateway over one emulated replica of `engine`."""
+    with tempfile.TemporaryDirectory(prefix="tunegate-conformance-") as folder:
+        model = checkpoint(Path(folder) / "base")
+        common = ("--backend", engine, "--engine-version", "emulator", "--device", "cuda", "--model", str(model))
+        with gateway(*common, *flags, state=Path(folder) / "state", api_key=API_KEY) as running:
+            url = f"http://127.0.0.1:{state_of(running, 'r0')['port']}"
+            with httpx2.Client(base_url=url, timeout=10, trust_env=False) as control:
+                yield Target(engine, running, control)

@@ -1,0 +1,135 @@
+"""The installed CPU environments: what lies in them, and that the shims do in the real engines what they promise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from backends import envs
+from backends.envs import CATALOGUE, EngineEnv
+from backends.install import exclusive, import_failure
+from backends.progress import Silent
+from gateway import demo
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+CPU_ENVIRONMENTS = [env for env in CATALOGUE if env.device == "cpu"]
+
+
+def run(env: EngineEnv, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run code with the environment's Python."""
+    environ = os.environ | variables
+    return subprocess.run(
+        [env.python, "-P", "-c", code], env=environ, capture_output=True, text=True, check=False, timeout=240
+    )
+
+
+def answer(env: EngineEnv, code: str, **variables: str) -> object:
+    """The JSON in the last line that the code prints."""
+    done = run(env, code, **variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+_DISTRIBUTIONS = """
+import importlib.metadata, json
+print(json.dumps({d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}))
+"""
+_SHIM_DISTRIBUTIONS = {"vllm", "tunegate-vllm-cpu", "tunegate-sglang-cpu"}
+
+
+@pytest.mark.parametrize("env", CPU_ENVIRONMENTS, ids=str)
+def test_environment_holds_its_lock_and_nothing_else(env: EngineEnv) -> None:
+    envs.find(env.name, env.version, env.device)
+    pins = (line.split("==") for line in env.lock.read_text().splitlines() if not line.startswith("#"))
+    pinned = {name.lower().replace("_", "-"): version for name, version in pins}
+    found = answer(env, _DISTRIBUTIONS)
+    assert isinstance(found, dict)
+    assert {name: version for name, version in found.items() if name not in _SHIM_DISTRIBUTIONS} == pinned
+
+
+@pytest.mark.parametrize("env", CPU_ENVIRONMENTS, ids=str)
+def test_import_check_passes_and_can_fail(env: EngineEnv) -> None:
+    assert import_failure(env) == ""
+    assert run(env, env.check, CUDA_VISIBLE_DEVICES="").returncode == 0
+    assert run(env, "import torch; torch.version.cuda = '13.0'; " + env.check).returncode != 0
+
+
+# One decode step of a batch of three rows through vLLM's own CPU operators: adapter in slot 0, none, adapter in slot 1.
+_MIXED_BATCH = """
+import json, torch
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+torch.manual_seed(0)
+rank, width, slots = 4, 8, 2
+wrapper = PunicaWrapperCPU(16, 16, "cpu")
+wrapper.is_prefill = False
+rows = torch.tensor([0, -1, 1])
+wrapper._token_lora_indices[:3] = rows
+wrapper.indices_len[0] = 3
+x = torch.randn(3, width)
+a, b = torch.randn(slots, 1, rank, width), torch.randn(slots, 1, width, rank)
+y = torch.zeros(3, width)
+wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (width,))
+want = torch.stack([b[0, 0] @ a[0, 0] @ x[0], torch.zeros(width), b[1, 0] @ a[1, 0] @ x[2]])
+print(json.dumps([bool(torch.allclose(y[i], want[i], atol=1e-4)) for i in range(3)]))
+"""
+
+
+def test_vllm_rows_without_an_adapter_get_no_adapter() -> None:
+    env = envs.find("vllm", None, "cpu")
+    assert answer(env, _MIXED_BATCH) == [True, True, True]
+
+
+def test_vllm_without_the_mend_answers_them_with_the_last_slot() -> None:
+    """Once this fails, vLLM has mended it and the shim can go."""
+    env = envs.find("vllm", None, "cpu")
+    assert answer(env, _MIXED_BATCH, VLLM_PLUGINS="") == [True, False, True]
+
+
+def test_vllm_command_line_knows_its_version() -> None:
+    env = envs.find("vllm", None, "cpu")
+    done = subprocess.run([*envs.executable(env), "--version"], capture_output=True, text=True, check=True, timeout=240)
+    assert done.stdout.splitlines()[-1] == f"{env.version}+cpu"
+
+
+_STAND_INS = """
+import json, torch
+import sgl_kernel, torchvision.transforms.functional
+from sgl_kernel.elementwise import silu_and_mul
+said = ""
+try:
+    silu_and_mul(torch.ones(1))
+except RuntimeError as error:
+    said = str(error)
+from tunegate_sglang_cpu import drop_pinned_memory
+drop_pinned_memory()
+print(json.dumps([
+    said,
+    torchvision.transforms.InterpolationMode.BICUBIC,
+    hasattr(sgl_kernel, "__wrapped__"),
+    torch.ones(2, pin_memory=True).pin_memory().sum().item(),
+]))
+"""
+
+
+def test_sglang_stand_ins_import_and_refuse_to_compute() -> None:
+    told = answer(envs.find("sglang", None, "cpu"), _STAND_INS)
+    assert isinstance(told, list)
+    said, constant, wrapped, total = told
+    assert said.startswith("sgl_kernel.elementwise.silu_and_mul is not there: this SGLang runs on a CPU")
+    assert (constant, wrapped, total) == ("BICUBIC", False, 2.0)
+
+
+def test_demo_model_is_the_same_whichever_engine_makes_it(demo_model: Path, tmp_path: Path) -> None:
+    """The one at hand was made with vLLM's environment."""
+    python = envs.find("sglang", None, "cpu").python
+    with exclusive(tmp_path / ".lock", Silent()) as lock_fd:
+        gguf = demo._fetch(tmp_path / "package", Silent(), lock_fd)
+        demo._convert(python, gguf, tmp_path / "model", Silent(), lock_fd)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "model" / name).read_bytes() == (demo_model / name).read_bytes()
