@@ -3,14 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test check unit conformance engine docs clean
+.PHONY: serve test check unit conformance torch engine docs clean
 
 serve: .venv/core
 	$(BIN)/gateway engines install vllm
 	$(BIN)/gateway models pull demo
 	$(BIN)/gateway serve --model demo
 
-test: check unit conformance engine
+test: check unit conformance torch engine
 
 # Lint, types and import contracts.
 check: .venv/dev
@@ -28,8 +28,12 @@ conformance: .venv/dev .venv-openai2/done
 	$(BIN)/python -m pytest tests/conformance
 	.venv-openai2/bin/python -m pytest tests/conformance
 
+# The trainer and the quantizer, on tiny models; peft and compressed-tensors are the judges.
+torch: .venv-torch/done
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE .venv-torch/bin/python -m pytest tests/trainer tests/quant -m "not engine"
+
 # The real vLLM and SGLang on the CPU, with the demo model and adapters compared to peft's own output.
-engine: .venv/dev .venv-oracle/done
+engine: .venv/dev .venv-torch/done
 	$(BIN)/gateway engines install vllm --device cpu
 	$(BIN)/gateway engines install sglang --device cpu
 	$(BIN)/gateway models pull demo
@@ -45,7 +49,7 @@ docs: .venv/dev
 	touch $@
 
 .venv/dev: .venv/core
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev,hub]'
 	touch $@
 
 .venv-openai2/done: pyproject.toml tests/conformance/requirements-openai2.txt
@@ -53,10 +57,10 @@ docs: .venv/dev
 	.venv-openai2/bin/python -m pip install --disable-pip-version-check -q -e . -r tests/conformance/requirements-openai2.txt
 	touch $@
 
-.venv-oracle/done: tests/engine/requirements-oracle.txt
-	$(PYTHON) -m venv .venv-oracle
-	.venv-oracle/bin/python -m pip install --disable-pip-version-check -q -r tests/engine/requirements-oracle.txt
+.venv-torch/done: pyproject.toml tests/requirements-torch.txt
+	$(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --disable-pip-version-check -q -e . -r tests/requirements-torch.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-openai2 .venv-oracle build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-openai2 .venv-torch build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

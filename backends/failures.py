@@ -18,6 +18,11 @@ class Cause(NamedTuple):
     sentence: str
 
 
+_OUT_OF_MEMORY = (
+    "The machine ran out of memory and the kernel killed the engine (`dmesg` shows it); serve a smaller model, lower "
+    "--memory-fraction, or start fewer --replicas."
+)
+
 CAUSES = (
     # -- the command line
     Cause(
@@ -106,11 +111,9 @@ CAUSES = (
         "quantized checkpoint.",
     ),
     Cause(
-        r"(?:engine ended by SIGKILL, not sent by the gateway|Failed core proc\(s\): \{[^}]*: -9"
-        r"|scheduler died during initialization \(exit code: -9\)|DefaultCPUAllocator: (?:can't|not enough)"
-        r"|Cannot allocate memory)",
-        "The machine ran out of memory and the kernel killed the engine (`dmesg` shows it); serve a smaller model, "
-        "lower --memory-fraction, or start fewer --replicas.",
+        r"(?:Failed core proc\(s\): \{[^}]*: -9|scheduler died during initialization \(exit code: -9\)"
+        r"|DefaultCPUAllocator: (?:can't|not enough)|Cannot allocate memory)",
+        _OUT_OF_MEMORY,
     ),
     # -- an adapter listed at start
     Cause(
@@ -188,7 +191,7 @@ CAUSES = (
     Cause(
         r"(?:Invalid repository ID or local directory specified|Can't load the configuration of"
         r"|does not appear to have a file named config\.json|is not a valid model identifier"
-        r"|Repo id must (?:be in the form|use alphanumeric)|is not a local folder"
+        r"|Repo id must (?:be in the form|use alphanumeric)|is not a local folder|Should have a `model_type` key"
         r"|No such file or directory: '[^'\n]*config\.json')",
         "The model's directory does not hold a checkpoint with a config.json; check --model.",
     ),
@@ -201,7 +204,7 @@ CAUSES = (
         r"(?:Error while deserializing header|SafetensorError|InvalidHeaderDeserialization)",
         "A weight file of the model is damaged or cut short; pull or copy the checkpoint again.",
     ),
-    # -- the environment; last, because an engine also logs imports it can do without
+    # -- the environment; late, because an engine also logs imports it can do without
     Cause(
         r"(?:No package metadata was found for|ModuleNotFoundError: No module named) '?([\w.-]+)'?",
         "The engine's environment lacks the package {0}; install the engine again (`gateway engines install`).",
@@ -209,6 +212,11 @@ CAUSES = (
     Cause(
         r"ImportError: ([^\n]+)",
         "The engine's environment is broken ({0}); install the engine again (`gateway engines install`).",
+    ),
+    # -- killed without a word of its own; SGLang ends itself so when a child of it fails, and says so
+    Cause(
+        r"\A(?![\s\S]*Received sigquit from a child)[\s\S]*engine ended by SIGKILL, not sent by the gateway",
+        _OUT_OF_MEMORY,
     ),
 )
 

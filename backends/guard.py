@@ -222,7 +222,7 @@ class Guard:
 
     def _words_for_end(self, status: int) -> str:
         if status == -signal.SIGKILL:
-            return "engine ended by SIGKILL, not sent by the gateway (out of memory?)"
+            return "engine ended by SIGKILL, not sent by the gateway"
         return f"engine ended by signal {-status}" if status < 0 else f"engine ended with status {status}"
 
     def _end_tree(self, engine_pid: int, output: int) -> None:

@@ -33,6 +33,7 @@ _PORT_TRIES = 64
 # our own settings, and secrets. Engines are given their own key and read their model from the disk.
 _DROPPED = {"PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "VLLM_SERVER_DEV_MODE"}
 _DROPPED_PREFIX = "TUNEGATE_"
+_KEPT = {"TUNEGATE_EMULATOR"}  # how an emulated engine behaves
 _DROPPED_SUFFIXES = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD", "DATABASE_URL")
 _DEFAULTS = {
     "DO_NOT_TRACK": "1",
@@ -216,7 +217,8 @@ def engine_environment(launch: Launch, inherited: Mapping[str, str]) -> dict[str
     kept = {
         name: value
         for name, value in inherited.items()
-        if name not in _DROPPED and not name.startswith(_DROPPED_PREFIX) and not name.endswith(_DROPPED_SUFFIXES)
+        if name in _KEPT
+        or (name not in _DROPPED and not name.startswith(_DROPPED_PREFIX) and not name.endswith(_DROPPED_SUFFIXES))
     }
     # Engines call tools of their own environment by name (ninja for kernels compiled at start).
     path = f"{Path(launch.argv[0]).parent}:{kept.get('PATH', os.defpath)}"

@@ -51,6 +51,8 @@ class Sglang(Backend):
         check_choice("SGLang", "--dtype", spec.dtype, _DTYPES)
         if spec.device == "cpu":
             check_choice("SGLang on the CPU", "--quantization", spec.quantization, ())
+            if spec.tensor_parallel * spec.pipeline_parallel > 1:  # it wants a NUMA node and a kernel for each
+                raise UnsupportedSpec("SGLang on the CPU runs as one process; leave --tp and --pp out")
         check_choice("SGLang", "--quantization", spec.quantization, self.capabilities.quantizations)
 
     def launch(

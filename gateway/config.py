@@ -77,7 +77,10 @@ class ServeConfig(BaseModel):
     port: int = _option(8000, _SERVER, "Port to listen on.", ge=0, le=65535)
     relays: int = _option(1, _SERVER, "Relay processes that share the port.", ge=1, le=64)
     api_key: tuple[str, ...] = _option(
-        (), _SERVER, "Key clients must send; repeatable [$TUNEGATE_API_KEYS]. Default: open access.", "TUNEGATE_API_KEYS"
+        (),
+        _SERVER,
+        "Key clients must send; repeatable [$TUNEGATE_API_KEYS]. Default: open access.",
+        "TUNEGATE_API_KEYS",
     )
     max_body_mb: int = _option(16, _SERVER, "Largest inference request body, in MB.", ge=1)
     request_timeout_s: int = _option(600, _SERVER, "Longest silence of an engine within a request.", ge=1)

@@ -1,4 +1,4 @@
-"""From the configuration to what an engine is started with, and what can be known to be wrong before anything starts."""
+"""From the configuration to what an engine is started with; what can be known to be wrong before anything starts."""
 
 from __future__ import annotations
 

@@ -9,10 +9,12 @@ Columns are visited by descending diag(H) ("act-order"), but the groups are runs
 are fixed from the unmodified weights before solving ("static groups"). So the stored form has desc_act false, which
 engines require, and keeps the quality of the order.
 
-Legend: N outputs, K inputs, G groups, S group size.
+Legend: N outputs, K inputs, G groups, S group size, B channels of a block.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,20 +72,59 @@ def _solve(w_KN: Tensor, factor_KK: Tensor, levels: Levels, group_K: Tensor, gri
 
     Channels are rows here: each step then reads and writes contiguous memory.
     """
-    k = w_KN.shape[0]
+    k, n = w_KN.shape
     scale_GN, zero_GN = levels.scale_NG.t().contiguous(), levels.zero_NG.t().contiguous()
-    groups, diagonal = group_K.tolist(), factor_KK.diagonal().tolist()
+    graphed = _GraphedBlock(n, grid, w_KN.device) if w_KN.is_cuda and k >= _BLOCK else None
     q_KN = torch.empty_like(w_KN)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
-        block_BN = w_KN[start:stop]
-        error_BN = torch.empty_like(block_BN)
-        for j in range(stop - start):
-            column = start + j
-            scale_N, zero_N = scale_GN[groups[column]], zero_GN[groups[column]]
-            q_N = ((block_BN[j] / scale_N).round_() + zero_N).clamp_(0, grid.max_level)
-            q_KN[column] = q_N
-            error_BN[j] = (block_BN[j] - (q_N - zero_N) * scale_N) / diagonal[column]
-            block_BN[j + 1 :] -= torch.outer(factor_KK[column, column + 1 : stop], error_BN[j])
+        group_B = group_K[start:stop]
+        block = _Block(w_KN[start:stop], scale_GN[group_B], zero_GN[group_B], factor_KK[start:stop, start:stop])
+        if graphed is not None and stop - start == _BLOCK:
+            q_BN, error_BN = graphed(block)
+        else:
+            q_BN, error_BN = _round_block(block, grid.max_level)
+        q_KN[start:stop] = q_BN
         w_KN[stop:] -= factor_KK[start:stop, stop:].t() @ error_BN
     return q_KN
+
+
+class _Block(NamedTuple):
+    """A run of B channels in visiting order, with the levels of the group of each."""
+
+    w_BN: Tensor
+    scale_BN: Tensor
+    zero_BN: Tensor
+    factor_BB: Tensor
+
+
+def _round_block(block: _Block, max_level: int) -> tuple[Tensor, Tensor]:
+    """(integers, weighted errors) of a block, each error spread over the later channels. Consumes the weights."""
+    w_BN, scale_BN, zero_BN, factor_BB = block
+    q_BN, error_BN = torch.empty_like(w_BN), torch.empty_like(w_BN)
+    for j in range(w_BN.shape[0]):
+        q_N = ((w_BN[j] / scale_BN[j]).round_() + zero_BN[j]).clamp_(0, max_level)
+        q_BN[j] = q_N
+        error_N = (w_BN[j] - (q_N - zero_BN[j]) * scale_BN[j]) / factor_BB[j, j]
+        error_BN[j] = error_N
+        w_BN[j + 1 :].addr_(factor_BB[j, j + 1 :], error_N, alpha=-1)
+    return q_BN, error_BN
+
+
+class _GraphedBlock:
+    """`_round_block` as one CUDA graph: a thousand tiny kernels a block cost more to launch than to run."""
+
+    def __init__(self, n: int, grid: Grid, device: torch.device) -> None:
+        shapes = ((_BLOCK, n), (_BLOCK, n), (_BLOCK, n), (_BLOCK, _BLOCK))
+        self._inputs = _Block(*(torch.ones(shape, device=device) for shape in shapes))
+        _round_block(self._inputs, grid.max_level)  # kernels must be loaded before they are captured
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = _round_block(self._inputs, grid.max_level)
+
+    def __call__(self, block: _Block) -> tuple[Tensor, Tensor]:
+        """The outputs are overwritten by the next call."""
+        for mine, theirs in zip(self._inputs, block, strict=True):
+            mine.copy_(theirs)
+        self._graph.replay()
+        return self._outputs

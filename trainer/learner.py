@@ -32,7 +32,7 @@ class Learner:
 
     def forward_backward(self, batch: PackedBatch, objective: Sft | PerToken, normaliser: float) -> Metrics:
         """Add the row's share of the gradient; the sums to report, `loss` among them, already divided."""
-        self.base.model.train()
+        self._set_mode(training=True)
         hidden_KH = self.base.hidden_KH(batch)
         if isinstance(objective, Sft):
             loss = weighted_nll(hidden_KH, self.base.head_VH, batch.targets_K, batch.weights_K / normaliser)
@@ -62,7 +62,7 @@ class Learner:
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch, objective: Sft | PerToken) -> Metrics:
         """Sums over the row: `loss` as in training, and for SFT right tokens and wholly right sequences."""
-        self.base.model.eval()
+        self._set_mode(training=False)
         hidden_KH = self.base.hidden_KH(batch)
         logprobs_K, greedy_K = score_targets(hidden_KH, self.base.head_VH, batch.targets_K)
         if not isinstance(objective, Sft):
@@ -80,6 +80,10 @@ class Learner:
     def score(self, batch: PackedBatch) -> torch.Tensor:
         """log p of each target of the row, float32 [K]. No gradient."""
         return self._logprobs(batch, contextlib.nullcontext())
+
+    def _set_mode(self, *, training: bool) -> None:
+        if self.base.model.training != training:  # walking all modules for nothing would cost every row
+            self.base.model.train(training)
 
     def _reference_logprobs(self, batch: PackedBatch) -> torch.Tensor:
         assert self.adapter is not None, "the reference is the base with the adapter off"

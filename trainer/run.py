@@ -50,15 +50,17 @@ CONFIG, RECORD, EVENTS = "config.yaml", "run.json", "events.jsonl"
 
 
 def start(config: TrainConfig) -> Ending:
-    """A new run in an empty directory. Raises TrainError."""
+    """A new run. A directory in which training never began is taken over. Raises TrainError."""
     directory = config.output_dir
-    if (directory / CONFIG).exists():
+    if (directory / RECORD).exists():
         raise RunError(
             f"{directory} holds a run already: go on with it by `gateway train resume {directory}`, "
             "or give another --output-dir"
         )
     directory.mkdir(parents=True, exist_ok=True)
     with _lock(directory):
+        for leftover in ("data", "eval"):
+            shutil.rmtree(directory / leftover, ignore_errors=True)
         (directory / CONFIG).write_text(configs.dump(config))
         return _run(config)
 

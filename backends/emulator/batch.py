@@ -29,7 +29,7 @@ class Batch:
 
     async def enter(self, adapter: str | None) -> None:
         """Wait for a place. Cancelling it gives up the wait."""
-        if not self._queue and self._fits(adapter):
+        if self._fits(adapter):
             self._admit(adapter)
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 
-from backends.emulator.answers import EVENT_STREAM, Events, Usage, error_events, escaped
+from backends.emulator.answers import Usage
 from backends.emulator.ask import Prompt
 from backends.emulator.channel import Channel
 from backends.emulator.engines.base import Engine, Generation
+from backends.emulator.events import EVENT_STREAM, Events, error_events, escaped
 from backends.emulator.language import Token, spell
+from backends.emulator.responses import Response
 from backends.emulator.script import Fault
 from backends.emulator.writer import Piece, Writer
 
@@ -57,6 +59,11 @@ async def _whole(engine: Engine, generation: Generation, channel: Channel) -> No
         tokens.append([token for piece in pieces for token in piece.tokens])
     longest = max(len(chosen) for chosen in tokens)
     await _sleep_ms(engine.script.inter_token_ms * max(longest - 1, 0))
+    if generation.response is not None:
+        [writer], [text] = generation.writers, texts
+        usage = Usage(ask.prompts[0].tokens, writer.tokens)
+        await channel.reply(generation.response.whole(text, usage, writer.reason))
+        return
     if engine.form.echoes and ask.get("echo"):
         share = len(texts) // len(ask.prompts)
         prompts = [ask.prompts[index // share] for index in range(len(texts))]
@@ -79,6 +86,9 @@ class _Stream:
         writers = self.generation.writers
         if self.engine.head_with_first_token:
             await self.channel.begin(200, (EVENT_STREAM,))
+        if self.generation.response is not None:
+            await self._play_response(self.generation.response)
+            return
         one_by_one = self.engine.form.completions_share_index and self.ask.kind == "completion"
         for group in [[writer] for writer in writers] if one_by_one else [writers]:
             if await self._play_together(group):
@@ -106,6 +116,17 @@ class _Stream:
                 return True
             live = [pair for pair, (_, piece) in zip(live, step, strict=True) if not piece.last]
         return False
+
+    async def _play_response(self, response: Response) -> None:
+        [writer], text = self.generation.writers, ""
+        if await self._send(response.begin(), 1):
+            return
+        for piece in writer.pieces():
+            await self._pace(len(piece.tokens))
+            text += piece.text
+            if piece.text and await self._send(response.delta(piece.text), 1):
+                return
+        await self.channel.end(response.end(text, self._usage(writer), writer.reason))
 
     def _is_plain(self, writer: Writer) -> bool:
         """Nothing but text, as fast as it goes: what a benchmark asks for."""

@@ -28,7 +28,6 @@ class Settings:
     context_tokens: int
     max_running: int
     hidden_size: int | None  # of the base model; None: its config.json is not there
-    kv_size: int | None  # output size of k_proj and v_proj
     lora: bool
     runtime_lora: bool  # adapters can be loaded over HTTP
     max_rank: int
@@ -110,15 +109,11 @@ def _model_config(path: str) -> dict[str, Any]:
 
 def _common(model_path: str, name: str | None, limit: int | None) -> dict[str, Any]:
     config = _model_config(model_path)
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
-    kv_heads = config.get("num_key_value_heads") or heads
     return {
         "model_path": model_path,
         "served_name": name or model_path,
         "context_tokens": limit or config.get("max_position_embeddings") or _DEFAULT_CONTEXT_TOKENS,
-        "hidden_size": hidden,
-        "kv_size": kv_heads * head_dim if kv_heads and head_dim else None,
+        "hidden_size": config.get("hidden_size"),
     }
 
 

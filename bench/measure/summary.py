@@ -64,6 +64,7 @@ class TargetSummary(msgspec.Struct):
     compat: dict[str, dict[str, float | None]]
     per_gpu_tokens_per_s: float | None = None
     cost_per_million_output_tokens: float | None = None
+    gateway_cpu_us_per_event: float | None = None
     probe: Figures | None = None
     repeats: list[dict[str, float]] = []
 
@@ -129,6 +130,7 @@ def _target(record: Record, target: str, grouped: dict[int, list[Reading]]) -> T
         compat=compat.means([reading.request for reading in everything]),
         per_gpu_tokens_per_s=rate / gpus if gpus else None,
         cost_per_million_output_tokens=price * (gpus or 1) / (rate * 3600) * 1e6 if price and rate > 0 else None,
+        gateway_cpu_us_per_event=_gateway_cpu(record, target, everything),
         probe=figures(probes, steady, objective) if any(probes.values()) else None,
         repeats=_repeats(load, steady),
     )
@@ -273,6 +275,14 @@ def _cached_share(readings: list[Reading]) -> float | None:
         if r.request.cached_tokens is not None and r.request.prompt_tokens
     ]
     return sum(cached for cached, _ in pairs) / sum(total or 0 for _, total in pairs) if pairs else None
+
+
+def _gateway_cpu(record: Record, target: str, readings: list[Reading]) -> float | None:
+    """CPU time of a gateway that states it, an event that it relayed: over the whole load, its idle time included."""
+    pages = [sample.values for sample in record.samples if sample.source == f"server:{target}"]
+    used_s = [values["gateway_cpu_s"] for values in pages if "gateway_cpu_s" in values]
+    events = sum(len(reading.request.events.t_ns) for reading in readings)
+    return (used_s[-1] - used_s[0]) / events * 1e6 if len(used_s) > 1 and events else None
 
 
 def _first_use(readings: list[Reading]) -> dict[str, dict[str, float]]:

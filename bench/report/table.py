@@ -70,6 +70,8 @@ def print_target(console: Console, target: TargetSummary) -> None:
         rows.append(("within limits / sent", _share(steady.attainment), _share(full.attainment)))
     if target.cached_share is not None:
         rows.append(("prompt tokens from cache", _share(target.cached_share), ""))
+    if target.gateway_cpu_us_per_event is not None:
+        rows.append(("gateway CPU us per event", number(target.gateway_cpu_us_per_event), ""))
     rows.append(("tokens counted by", ", ".join(f"{how} ({n})" for how, n in target.counted_by.items()), ""))
     for row in rows:
         head.add_row(*row)

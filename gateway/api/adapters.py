@@ -43,8 +43,9 @@ def routes(service: Service, roots: Sequence[Path]) -> APIRouter:
             form = await uploads.receive(request, work, service.policy.max_upload_bytes)
             name = form.fields.get("name", "")
             service.check_upload(name, form.fields.get("base"))
-            shown, new = await service.upload(name, form.files, work, _wait_s(form.fields.get("wait_s")))
-        return JSONResponse(shown, 201 if new else 200)
+            wait_s = _wait_s(form.fields.get("wait_s"))
+            version, new = await service.take_in(name, form.files, work)
+        return JSONResponse(await service.settle(version, new, wait_s), 201 if new else 200)
 
     @router.get("/v1/adapters")
     async def list_adapters() -> dict[str, Any]:
@@ -70,7 +71,8 @@ def routes(service: Service, roots: Sequence[Path]) -> APIRouter:
             )
         service.check_upload(name, None)
         with service.storage.staging() as work:
-            await service.upload(name, parts_of(body.lora_path, roots), work, _DEFAULT_WAIT_S)
+            version, new = await service.take_in(name, parts_of(body.lora_path, roots), work)
+        await service.settle(version, new, _DEFAULT_WAIT_S)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter")

@@ -65,7 +65,7 @@ class ControlCollector(Collector):
         """Counts by state, so that the page does not grow with the registry."""
         registry, replicas = self._core.registry, self._core.replicas
         found = Counter(
-            views.adapter(adapter, adapter.shown, replicas, registry.desired)["state"]
+            views.everywhere(adapter.shown, replicas, registry.desired)[0]
             for adapter in list(registry.adapters.values())
         )
         family = GaugeMetricFamily("tunegate_adapters", "Registered adapters by state.", labels=["state"])

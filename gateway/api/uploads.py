@@ -35,11 +35,11 @@ async def receive(request: Request, work: Path, limit_bytes: int) -> Form:
 
     Raises InvalidRequest, PayloadTooLarge, OSError.
     """
-    limit_bytes += _OVERHEAD_BYTES
+    body_limit_bytes = limit_bytes + _OVERHEAD_BYTES
     boundary = _boundary(request.headers.get("content-type", ""))
     request.state.unread_body = True
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit_bytes:
+    if declared.isdigit() and int(declared) > body_limit_bytes:
         raise _too_large(limit_bytes)
     writer = _Writer(work)
     parser = multipart.MultipartParser(boundary, writer.callbacks())
@@ -47,7 +47,7 @@ async def receive(request: Request, work: Path, limit_bytes: int) -> Form:
     try:
         async for chunk in _stream(request):
             received_bytes += len(chunk)
-            if received_bytes > limit_bytes:
+            if received_bytes > body_limit_bytes:
                 raise _too_large(limit_bytes)
             parser.write(chunk)
             if writer.pending_bytes >= _WRITE_BYTES:

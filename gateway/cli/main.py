@@ -13,6 +13,8 @@ _COMMANDS = {
     "engines": ("gateway.cli.engines:engines", "Install and inspect engines."),
     "models": ("gateway.cli.models:models", "Bring and list base models."),
     "adapters": ("gateway.cli.adapters:adapters", "Upload, list and delete LoRA adapters."),
+    "train": ("trainer.cli:train", "Fine-tune a model into an adapter."),
+    "quantize": ("quant.cli:quantize", "Quantize, verify and convert checkpoints."),
     "bench": ("bench.cli:bench", "Measure a server's speed under load."),
 }
 

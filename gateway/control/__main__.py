@@ -37,6 +37,8 @@ def main() -> None:
     """Run until SIGTERM."""
     args = _arguments()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if not Path(f"/proc/{args.main_pid}").exists():
+        sys.exit(1)  # it ended before the line above
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -43,7 +43,7 @@ class Setup:
     public: Public
     task: Task
     backend: Backend | None  # of the engines we start; None where engines are attached
-    capacity: int  # adapters that one replica keeps loaded
+    capacity: int  # adapter contents that one replica keeps loaded, the spare one included
     run_dir: Path
     hosts: Sequence[tuple[str, Host]]  # replica id and its host
     timings: Timings

@@ -16,6 +16,7 @@ from gateway.control.store import NewVersion, Store
 from gateway.errors import Conflict
 
 _log = logging.getLogger(__name__)
+SPARE = 1  # of the capacity: a new version is loaded there before it replaces the one that serves
 _RESERVED = 1000  # snapshot versions taken from the store at a time
 
 
@@ -23,7 +24,7 @@ class Registry:
     """Adapters and their versions. Reads are plain look-ups; every write is one transaction, then visible."""
 
     def __init__(self, store: Store, storage: AdapterStorage, capacity: int, on_change: Callable[[], None]) -> None:
-        """capacity: adapters that one replica keeps loaded. on_change: called after each change."""
+        """capacity: contents that one replica keeps loaded, SPARE included. on_change: called after each change."""
         self.capacity = capacity
         self.adapters: dict[str, Adapter] = {}
         self.desired: tuple[str, ...] = ()  # content ids that every replica should hold, most wanted first
@@ -67,13 +68,17 @@ class Registry:
 
     def check_room(self, name: str) -> None:
         """Refuse what would not fit on a replica beside the rest. Raises Conflict."""
-        adapter = self.adapters.get(name)
-        # A new version takes a place beside the current one until it has replaced it.
-        room = self.capacity - catalog.needed(self.adapters)
-        if room < 1 and not (adapter is not None and adapter.newest.version != adapter.current):
+        taken = catalog.needed(self.adapters)
+        if name not in self.adapters and taken >= self.capacity - SPARE:
             raise Conflict(
-                f"{self.capacity} adapters is what one replica keeps loaded; delete one or restart with a higher "
-                "--max-adapters",
+                f"{taken} adapters are registered, the most that one replica keeps loaded; delete one or restart "
+                f"with --max-adapters {taken + 1}",
+                code="too_many_adapters",
+            )
+        if taken >= self.capacity:
+            raise Conflict(
+                "other adapters are changing versions, which takes all the room there is for it; try again when "
+                "they are ready, or restart with a higher --max-adapters",
                 code="too_many_adapters",
             )
 

@@ -53,16 +53,21 @@ class Service:
             )
         self._servers()
 
-    async def upload(self, name: str, parts: Sequence[Part], work: Path, wait_s: float) -> tuple[dict[str, Any], bool]:
-        """Validate, store, load everywhere; the adapter object and whether the version is new.
+    async def take_in(self, name: str, parts: Sequence[Part], work: Path) -> tuple[Version, bool]:
+        """Validate, store and register; the version and whether it is new. It is loaded from now on.
 
-        work: the upload's staging directory. Returns after `wait_s` with the state reached until then. An adapter that
-        engines refuse is forgotten again. Raises GatewayErrors, OSError.
+        work: the upload's staging directory, not needed afterwards. Raises GatewayErrors, OSError.
         """
         rules = Rules(Limits(self.policy.max_upload_bytes), self._servers(), await self._shapes())
         async with self.core.registry.contents_lock:
             accepted: Accepted = await asyncio.to_thread(take_in, parts, work, rules, self.storage)
-            version, new = await self.core.registry.admit(name, self.policy.base, accepted)
+            return await self.core.registry.admit(name, self.policy.base, accepted)
+
+    async def settle(self, version: Version, new: bool, wait_s: float) -> dict[str, Any]:
+        """Wait until a version can be called everywhere, at most `wait_s`; the adapter object.
+
+        A new one that engines refuse is forgotten again. Raises InvalidRequest then, Conflict when it was deleted.
+        """
         await self.core.wait_for(functools.partial(self._settled, version), wait_s)
         shown = self._show(version)
         if new and shown["state"] == views.FAILED:
@@ -72,7 +77,7 @@ class Service:
             )
         if shown["state"] == views.READY:
             await self.core.published()
-        return self._show(version), new
+        return self._show(version)
 
     def list_adapters(self) -> list[dict[str, Any]]:
         """One object a name: of the version that the name stands for."""

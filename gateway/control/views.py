@@ -16,8 +16,7 @@ _IN_PROGRESS = (AdapterState.LOADING, AdapterState.VERIFYING, AdapterState.DRAIN
 
 def adapter(adapter: Adapter, version: Version, replicas: Sequence[Replica], desired: Sequence[str]) -> dict[str, Any]:
     """The adapter object of one version."""
-    statuses = [(replica, on_replica(version, replica, desired)) for replica in replicas]
-    state, reason = overall(version, [(replica.id, *status) for replica, status in statuses if replica.takes_part])
+    state, reason = everywhere(version, replicas, desired)
     return {
         "id": pinned(version.name, version.version),
         "object": "adapter",
@@ -32,9 +31,7 @@ def adapter(adapter: Adapter, version: Version, replicas: Sequence[Replica], des
         "created_at": version.created_at,
         "state": state,
         "reason": reason or None,
-        "replicas": [
-            {"id": replica.id, "state": state, "reason": reason or None} for replica, (state, reason) in statuses
-        ],
+        "replicas": [_one_replica(version, replica, desired) for replica in replicas],
         "sha256": version.sha256,
         "metadata": dict(version.metadata),
     }
@@ -55,19 +52,22 @@ def on_replica(version: Version, replica: Replica, desired: Sequence[str]) -> tu
     return AdapterState.LOADING, ""
 
 
-def overall(version: Version, on_replicas: Sequence[tuple[str, str, str]]) -> tuple[str, str]:
-    """State and reason over the replicas (id, state, reason) that take part: ready means ready on all of them."""
+def everywhere(version: Version, replicas: Sequence[Replica], desired: Sequence[str]) -> tuple[str, str]:
+    """State and reason over the replicas that take part: ready means ready on all of them."""
     if version.state is VersionState.FAILED:
         return FAILED, version.reason
-    if not on_replicas:
+    statuses = {replica.id: on_replica(version, replica, desired) for replica in replicas if replica.takes_part}
+    if not statuses:
         return VALIDATED, "no replica is ready yet"
-    if all(state == READY for _, state, _ in on_replicas):
-        return READY, ""
-    for wanted in (*_IN_PROGRESS, FAILED, UNLOADED):
-        found = [(id, reason) for id, state, reason in on_replicas if state == wanted]
-        if found:
-            return wanted, "; ".join(f"{id}: {reason}" for id, reason in found if reason)
-    raise AssertionError(f"unknown adapter states: {on_replicas}")
+    states = [state for state, _ in statuses.values()]
+    state = next(state for state in (*_IN_PROGRESS, FAILED, UNLOADED, READY) if state in states)
+    reasons = [f"{id}: {reason}" for id, (own, reason) in statuses.items() if own == state and reason]
+    return state, "; ".join(reasons)
+
+
+def _one_replica(version: Version, replica: Replica, desired: Sequence[str]) -> dict[str, Any]:
+    state, reason = on_replica(version, replica, desired)
+    return {"id": replica.id, "state": state, "reason": reason or None}
 
 
 def replica(replica: Replica) -> dict[str, Any]:

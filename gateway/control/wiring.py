@@ -19,6 +19,7 @@ from gateway.control import app
 from gateway.control.core import Core, Setup
 from gateway.control.hosting import AttachedHost, Host, LocalHost, Place, gpus_of
 from gateway.control.publish import Public, key_digests
+from gateway.control.registry import SPARE
 from gateway.control.service import Policy, Service
 from gateway.control.store import Store
 from gateway.control.timings import Timings
@@ -41,13 +42,14 @@ def build(config: ServeConfig, run_dir: Path, main_pid: int) -> Control:
     state = config.state_dir
     storage = AdapterStorage(state)
     store = Store(config.database_url or f"sqlite:///{state / 'registry.db'}")
-    spec = None if config.attach else engine_spec(config)
+    capacity = config.max_adapters + SPARE
+    spec = None if config.attach else engine_spec(config).model_copy(update={"max_adapters": capacity})
     place = Place(run_dir, state / "logs", main_pid, _STOP_GRACE_S)
     setup = Setup(
         public=Public(config.public_name, key_digests(config.api_key)),
         task=config.task,
         backend=registry.get(config.backend) if spec else None,
-        capacity=config.max_adapters,
+        capacity=capacity,
         run_dir=run_dir,
         hosts=_local_hosts(config.replicas, spec, place) if spec else _attached_hosts(config),
         timings=Timings(

@@ -113,8 +113,8 @@ class Meter:
             self._models[label] = model
         return model
 
-    def plain(self, request: Request, route: str, status: int, outcome: str, model: str | None = None) -> None:
-        """A request that went to no engine. model: for the log only."""
+    def plain(self, request: Request, route: str, status: int, outcome: str, path: str | None = None) -> None:
+        """A request that went to no engine. path: for the log, where the metric's label is coarser."""
         key = (route, status)
         cell = self._plain.get(key)
         if cell is None:
@@ -123,8 +123,8 @@ class Meter:
         duration_ms = round((time.monotonic() - request.started_s) * 1e3, 3)
         self._log(
             Access(
-                time.time(), request.id.decode(), request.key_id, route, model, None, status, False, None, None, None,
-                duration_ms, outcome,
+                time.time(), request.id.decode(), request.key_id, path or route, None, None, status, False,
+                None, None, None, duration_ms, outcome,
             )
         )  # fmt: skip
 

@@ -129,7 +129,9 @@ def _read(body: bytes | msgspec.Raw, numbers: bool = False) -> tuple[str, str | 
     code = fault.code if isinstance(fault.code, str) else None
     if numbers and isinstance(fault.code, int):
         code = str(fault.code)
-    message = _TRACEBACK.sub("", fault.message or _detail(fault.detail))
+    if isinstance(fault.detail, list):
+        return _detail(fault.detail), _place(fault.detail[0]) if fault.detail else None, code
+    message = _TRACEBACK.sub("", fault.message or fault.detail or "")
     param = fault.param.removeprefix("body.") if fault.param else None
     faults = [(_words(found["place"]), found["what"]) for found in _VALIDATION.finditer(message)]
     if faults:
@@ -144,21 +146,19 @@ def _words(place: str) -> str:
     return ".".join(part for part in parts if _NAME(part) and part != "body") or "body"
 
 
-def _detail(detail: str | list[dict[str, object]] | None) -> str:
-    """FastAPI's `detail`: a text, or a list of what is wrong where."""
-    if not isinstance(detail, list):
-        return detail or ""
-    return "; ".join(f"{_place(fault.get('loc'))}: {fault.get('msg')}" for fault in detail)
+def _detail(faults: list[dict[str, object]]) -> str:
+    """FastAPI's list of what is wrong where."""
+    return "; ".join(f"{_place(fault)}: {fault.get('msg')}" for fault in faults[:_FAULTS_SHOWN])
 
 
-def _place(location: object) -> str:
-    parts = location if isinstance(location, list) else [location]
-    return ".".join(str(part) for part in parts if part != "body") or "body"
+def _place(fault: dict[str, object]) -> str:
+    location = fault.get("loc")
+    return _words(".".join(map(str, location)) if isinstance(location, list) else str(location))
 
 
 def _clean(message: str, public: str, candidate: Candidate) -> str:
     """The message without what is only ours to know: engine-side names and file paths."""
-    for name in sorted({candidate.model, candidate.model.rpartition(":")[2]}, key=len, reverse=True):
-        if name and name != public:
-            message = message.replace(name, public)
+    for name in (candidate.model, candidate.model.rpartition(":")[2]):
+        if name != public:
+            message = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", lambda _: public, message)
     return _PATH.sub("<path>", message)[:_MESSAGE_CHARS]

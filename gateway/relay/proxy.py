@@ -110,6 +110,7 @@ class ControlProxy:
 
     def upstream_end(self) -> None:
         self._upstream = None
+        self._client.resume_body()  # control may answer without having read it all; the next request comes behind it
         self._client.end()
         self._finish(self._status, "ok")
 

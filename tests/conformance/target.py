@@ -26,7 +26,11 @@ class Target:
 
     engine: str
     gateway: Gateway
-    control: httpx2.Client
+
+    def control(self, method: str, path: str, **options: Any) -> httpx2.Response:
+        """Ask the emulator itself. Its port is looked up each time: a restarted engine has another."""
+        url = f"http://127.0.0.1:{state_of(self.gateway, 'r0')['port']}/emulator/{path}"
+        return httpx2.request(method, url, trust_env=False, **options)
 
     @property
     def base_url(self) -> str:
@@ -46,7 +50,7 @@ class Target:
 
     def script(self, **fields: Any) -> None:
         """Make the engine behave so (backends/emulator/script.py)."""
-        answer = self.control.post("/emulator/script", json=fields)
+        answer = self.control("POST", "script", json=fields)
         assert answer.status_code == 200, answer.text
 
     def fault(self, kind: str, **fields: Any) -> None:
@@ -59,7 +63,7 @@ class Target:
 
     def seen(self, since: int = 0) -> list[dict[str, Any]]:
         """The engine's requests for inference after number `since`."""
-        sights: list[dict[str, Any]] = self.control.get("/emulator/seen", params={"since": since}).json()
+        sights: list[dict[str, Any]] = self.control("GET", "seen", params={"since": since}).json()
         return [sight for sight in sights if sight["path"].endswith(("completions", "embeddings"))]
 
 
@@ -70,6 +74,4 @@ def serving(engine: str, *flags: str) -> Iterator[Target]:
         model = checkpoint(Path(folder) / "base")
         common = ("--backend", engine, "--engine-version", "emulator", "--device", "cuda", "--model", str(model))
         with gateway(*common, *flags, state=Path(folder) / "state", api_key=API_KEY) as running:
-            url = f"http://127.0.0.1:{state_of(running, 'r0')['port']}"
-            with httpx2.Client(base_url=url, timeout=10, trust_env=False) as control:
-                yield Target(engine, running, control)
+            yield Target(engine, running)

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
-from tests.conformance.target import Target
+from tests.conformance.conftest import ENGINES
+from tests.conformance.target import Target, serving
 from tests.support.engines import adapter, upload
 from tests.support.wait import eventually
 
 QUESTION = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(params=ENGINES)
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """One of its own: for LMDeploy, another adapter is a restart."""
+    with serving(request.param) as target:
+        yield target
+
+
+@pytest.fixture
+def client(target: Target) -> Iterator[openai.OpenAI]:
+    with target.client(max_retries=10) as client:
+        yield client
 
 
 def test_life_of_an_adapter(target: Target, client: openai.OpenAI, tmp_path: Path) -> None:

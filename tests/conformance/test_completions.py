@@ -5,7 +5,8 @@ from __future__ import annotations
 import openai
 import pytest
 
-from tests.conformance.target import Target
+from tests.conformance.conftest import ENGINES
+from tests.conformance.target import Target, serving
 
 
 def test_completion(target: Target, client: openai.OpenAI) -> None:
@@ -91,8 +92,14 @@ def test_echo_and_logprobs(target: Target, client: openai.OpenAI) -> None:
     assert all(value <= 0 for value in values[1:] if value is not None)
 
 
-def test_empty_prompt_harms_nobody(target: Target, client: openai.OpenAI) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_empty_prompt_harms_nobody(engine: str) -> None:
     """It ends LMDeploy's engine for good: the gateway must not let it through."""
+    with serving(engine) as target, target.client() as client:
+        refuses_empty_prompts(target, client)
+
+
+def refuses_empty_prompts(target: Target, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model=target.model, prompt="", max_tokens=2)
     answer = client.completions.create(model=target.model, prompt="still here", max_tokens=2)

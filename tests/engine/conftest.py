@@ -14,7 +14,7 @@ from gateway import models
 from tests.support.gateway import Gateway, gateway
 
 ROOT = Path(__file__).parents[2]
-ORACLE_PYTHON = ROOT / ".venv-oracle" / "bin" / "python"
+ORACLE_PYTHON = ROOT / ".venv-torch" / "bin" / "python"
 START_TIMEOUT_S = 300
 
 

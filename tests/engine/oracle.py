@@ -1,4 +1,4 @@
-"""Runs in the oracle environment (torch, transformers, peft): makes adapters and writes what peft itself answers.
+"""Runs where torch lives (transformers, peft): makes adapters and writes what peft itself answers.
 
     python oracle.py MODEL_DIR OUT_DIR
 

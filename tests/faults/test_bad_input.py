@@ -85,7 +85,9 @@ def test_missing_engine(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_bad_model(tmp_path: Path) -> None:
-    assert "no directory /no/such/dir" in refused("--engine-version", "emulator", "--model", "/no/such/dir")
+    assert "/no/such/dir is neither a directory here" in refused(
+        "--engine-version", "emulator", "--model", "/no/such/dir"
+    )
     (tmp_path / "empty").mkdir()
     assert "config.json" in refused("--engine-version", "emulator", "--model", str(tmp_path / "empty"))
 

@@ -134,7 +134,7 @@ def metric(running: Gateway, name: str) -> dict[str, float]:
 def in_flight(running: Gateway) -> dict[str, int]:
     """Requests in flight by replica, over all relays."""
     found = {"r0": 0, "r1": 0}
-    for labels, value in metric(running, "tunegate_requests_in_flight").items():
+    for labels, value in metric(running, "tunegate_in_flight_requests").items():
         for replica in found:
             if f'replica="{replica}"' in labels:
                 found[replica] += int(value)

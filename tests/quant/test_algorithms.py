@@ -147,3 +147,13 @@ def test_gptq_damps_harder_when_it_must_and_gives_up_when_it_cannot() -> None:
         gptq.gptq(w_NK, torch.full((128, 128), float("nan")), GRIDS[0], BF16)
     with pytest.raises(BadHessian, match="no calibration token"):
         gptq.gptq(w_NK, torch.zeros(128, 128), GRIDS[0], BF16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_cuda_graph_rounds_as_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    w_NK, _, gram_KK = (part.cuda() for part in make_case(k=512))
+    graphed = gptq.gptq(w_NK, gram_KK, GRIDS[1], BF16)
+    plain = lambda n, grid, device: lambda block: gptq._round_block(block, grid.max_level)  # noqa: E731
+    monkeypatch.setattr(gptq, "_GraphedBlock", plain)
+    assert torch.equal(graphed.q_NK, gptq.gptq(w_NK, gram_KK, GRIDS[1], BF16).q_NK)

@@ -80,6 +80,12 @@ class FakeEngine:
             if task is not asyncio.current_task():
                 task.cancel()
 
+    async def gone(self) -> None:
+        """Return once its connections are closed, which aborting only begins."""
+        while self._open:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -178,6 +184,8 @@ class FakeHost:
 
     async def launch(self, adapters: Mapping[str, Path]) -> FakeEngine:
         self.started_with.append(frozenset(adapters))
+        if self.closed:
+            raise EngineStartError("closed")
         if self.script.start_error is not None:
             raise EngineStartError(self.script.start_error)
         engine = FakeEngine(self.script, adapters, self.calls)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file  # noqa: E402
 
 from tests.trainer.models import chat_rows, preference_rows, write_jsonl  # noqa: E402
 from trainer import checkpoint as checkpoints  # noqa: E402
-from trainer import cli, config, loop, run  # noqa: E402
-from trainer.errors import DataError, DivergedError, RunError  # noqa: E402
+from trainer import cli, config, run  # noqa: E402
+from trainer.errors import DataError, DivergedError, ModelError, RunError  # noqa: E402
 from trainer.events import curve, read_events  # noqa: E402
 from trainer.learner import Learner  # noqa: E402
 from trainer.loop import Ending  # noqa: E402
@@ -310,6 +310,13 @@ def test_bad_data_names_its_lines_before_any_step(settings: dict[str, Any], tmp_
     assert "train.jsonl line 3: `messages` must be a list" in outcome.output
 
 
+def test_a_run_that_never_began_is_started_anew_with_other_settings(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        start(settings, lora_target=("nothing",))
+    start(settings, max_length=40, max_steps=1)
+    assert json.loads((tmp_path / "run" / "data" / "meta.json").read_text())["longest_tokens"] <= 40
+
+
 def test_overlong_examples_are_dropped_with_notice_cut_or_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     rows = chat_rows(22)
     rows[4]["messages"][1]["content"] = "yes " * 300
@@ -340,7 +347,7 @@ def test_out_of_memory_says_what_to_turn(settings: dict[str, Any], monkeypatch: 
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr(Learner, "forward_backward", exhausted)
-    with pytest.raises(loop.ModelError, match=r"--micro-batch-tokens .*--gradient-checkpointing"):
+    with pytest.raises(ModelError, match=r"--micro-batch-tokens .*--gradient-checkpointing"):
         start(settings)
 
 

@@ -196,6 +196,7 @@ REFUSED = [
     (spec("vllm", device="cpu", quantization="fp8"), "vLLM on the CPU does not take --quantization fp8; use awq"),
     (spec("vllm", adapter_slots=1, max_adapter_rank=513), "up to rank 512; --max-adapter-rank 513"),
     (spec("sglang", device="cpu", quantization="awq"), "leave it out or use --backend vllm"),
+    (spec("sglang", device="cpu", tensor_parallel=2), "as one process; leave --tp and --pp out"),
     (spec("sglang", quantization="int3"), "SGLang does not take --quantization int3"),
     (spec("lmdeploy", device="cpu"), "--device cpu; it needs cuda. On a machine without a GPU use --backend vllm"),
     (spec("lmdeploy", pipeline_parallel=2), "no pipeline parallelism; use --tp instead of --pp 2"),

@@ -25,6 +25,12 @@ def recorded_log(engine: str, name: str) -> str:
         ("vllm", "start_no_model", "does not hold a checkpoint with a config.json; check --model"),
         ("vllm", "start_port_taken", "Another process took the engine's port"),
         ("vllm", "start_unknown_flag", "does not know the argument --no-such-flag"),
+        ("vllm", "start_cuda_oom", "Only 3.12 of the GPU's 79.19 GiB are free"),
+        ("sglang", "start_no_model", "does not hold a checkpoint with a config.json; check --model"),
+        ("sglang", "start_port_taken", "Another process took the engine's port"),
+        ("sglang", "start_unknown_flag", "does not know the argument --no-such-flag"),
+        ("sglang", "start_cuda_oom", "The weights leave no memory for the KV cache; raise --memory-fraction"),
+        ("lmdeploy", "start_cuda_oom", "The GPU ran out of memory"),
         ("lmdeploy", "start_no_model", "does not hold a checkpoint with a config.json; check --model"),
         ("lmdeploy", "start_port_taken", "Another process took the engine's port"),
         ("lmdeploy", "start_unknown_flag", "does not know the argument --no-such-flag"),
@@ -95,7 +101,7 @@ LINES = [
     ),
     ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "GPU ran out of memory"),
     (
-        "[guard] 12:00:00 engine ended by SIGKILL, not sent by the gateway (out of memory?); ending",
+        "[guard] 12:00:00 engine ended by SIGKILL, not sent by the gateway; ending",
         "machine ran out of memory",
     ),
     (
@@ -146,6 +152,7 @@ LINES = [
         "awq checkpoints cannot be computed in bfloat16",
     ),
     ("OSError: /m does not appear to have a file named config.json.", "check --model"),
+    ("ValueError: Unrecognized model in /m. Should have a `model_type` key in its config.json.", "check --model"),
     ("RuntimeError: Cannot find any model weights with `/m`", "no weights"),
     ("safetensors_rust.SafetensorError: Error while deserializing header: incomplete metadata", "damaged or cut short"),
     ("ModuleNotFoundError: No module named 'flashinfer'", "lacks the package flashinfer"),
@@ -169,6 +176,15 @@ def test_an_unknown_failure_is_not_explained_away(name: BackendName) -> None:
 def test_the_root_cause_stands_above_what_it_drags_behind() -> None:
     log = "torch.OutOfMemoryError: CUDA out of memory.\nRuntimeError: Failed core proc(s): {'E': 1}\nImportError: x"
     assert "GPU ran out of memory" in str(failures.find(log))
+
+
+def test_sglang_killing_itself_is_no_lack_of_memory() -> None:
+    killed = "[guard] engine ended by SIGKILL, not sent by the gateway; ending"
+    said = "Received sigquit from a child process. It usually means the child failed."
+    assert failures.find(f"AssertionError: who knows\n{said}\n{killed}") is None
+    assert "no weights" in str(
+        failures.find(f"RuntimeError: Cannot find any model weights with `/m`\n{said}\n{killed}")
+    )
 
 
 def test_every_sentence_fills_its_groups() -> None:

@@ -20,8 +20,8 @@ from tests.support.wait import eventually
 
 ENDPOINT = Endpoint("127.0.0.1", 12345, "secret-of-the-engine")
 
-# An engine as awkward as they come: a worker in a session of its own that ignores SIGTERM and writes elsewhere; its
-# child, without an environment (as vLLM's, which overwrite theirs); and an orphan. Each writes its pid to a file.
+# An engine as awkward as they come: a child without an environment (as vLLM's, which overwrite theirs); a worker in a
+# session of its own that ignores SIGTERM and writes elsewhere; and an orphan. Each writes its pid to a file.
 STUBBORN = """
 import os, pathlib, signal, sys, time
 here = pathlib.Path(sys.argv[1])
@@ -29,11 +29,11 @@ def sleeper(name):
     (here / name).write_text(str(os.getpid()))
     time.sleep(600)
 if os.fork() == 0:
+    source = f"import os, pathlib, time; pathlib.Path({str(here)!r}, 'bare').write_text(str(os.getpid()))"
+    os.execve(sys.executable, [sys.executable, "-c", source + "; time.sleep(600)"], {})
+if os.fork() == 0:
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if os.fork() == 0:
-        source = f"import os, pathlib, time; pathlib.Path({str(here)!r}, 'bare').write_text(str(os.getpid()))"
-        os.execve(sys.executable, [sys.executable, "-c", source + "; time.sleep(600)"], {})
     if os.fork() == 0:
         if os.fork() == 0:
             sleeper("orphan")
@@ -222,13 +222,23 @@ def test_only_the_replicas_own_processes_are_leftovers(run_dir: Path, tmp_path: 
     engine = start(run_dir, script(STUBBORN, str(tmp_path)))
     pids = tree(tmp_path)
     assert living(proctree.leftovers(state_path)) == sorted(pids)
-
-    state = json.loads(state_path.read_text())
-    state_path.write_text(json.dumps(state | {"boot": "an earlier one"}))
-    found = proctree.leftovers(state_path)  # pipes are numbered anew after a restart: only the mark counts
-    assert living(found) == sorted(pids)  # the one without a mark is below one that has it
     assert proctree.leftovers(state_path.with_name("replica-r1.json")) == []
     engine.stop(0)
+
+
+def test_a_pipe_of_before_a_restart_of_the_machine_is_no_sign(tmp_path: Path) -> None:
+    innocent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with innocent:
+        assert innocent.stdin is not None and innocent.stdout is not None
+        state = {"output": os.readlink(f"/proc/self/fd/{innocent.stdout.fileno()}"), "boot": proctree.boot_id()}
+        state_path = tmp_path / "replica-r0.json"
+        state_path.write_text(json.dumps(state))
+        assert proctree.leftovers(state_path) == [innocent.pid]
+        state_path.write_text(json.dumps(state | {"boot": "an earlier one"}))  # pipes are numbered anew
+        assert proctree.leftovers(state_path) == []
+        state_path.write_text("{}")
+        assert proctree.leftovers(state_path) == []
+        innocent.stdin.write(b"\n")
 
 
 def test_adoption_after_the_starter_died(run_dir: Path) -> None:

@@ -6,22 +6,23 @@ import asyncio
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from urllib.parse import unquote
 
 import msgspec
 
-from backends.emulator import checks, schema
+from backends.emulator import checks
 from backends.emulator.adapters import Adapter, Adapters, Directory, read
 from backends.emulator.answers import Format, new_id
-from backends.emulator.ask import Ask, Prompt, chat_prompt, completion_prompts
+from backends.emulator.ask import Ask, chat_prompt, completion_prompts
 from backends.emulator.batch import Batch
+from backends.emulator.composing import Style, writers
 from backends.emulator.embeddings import embeddings
-from backends.emulator.language import Token, generate, spell
 from backends.emulator.metrics import Meter
 from backends.emulator.recordings import Book, Reply, json_reply
+from backends.emulator.responses import Response, chat_body
 from backends.emulator.script import Script
 from backends.emulator.settings import Settings
 from backends.emulator.writer import Writer
@@ -48,6 +49,7 @@ class Generation:
     ask: Ask
     writers: list[Writer]
     id: str
+    response: Response | None = None  # of the Responses API, instead of a chat's answer
 
 
 @dataclass(slots=True)
@@ -122,6 +124,7 @@ class Engine(ABC):
         shared: dict[tuple[str, str], Handler] = {
             ("POST", "/v1/chat/completions"): self.chat,
             ("POST", "/v1/completions"): self.completion,
+            ("POST", "/v1/responses"): self.responses,
             ("POST", "/v1/embeddings"): self.embed,
             ("GET", "/v1/models"): self.models,
             ("GET", "/health"): self.health,
@@ -205,6 +208,21 @@ class Engine(ABC):
     async def completion(self, request: Request) -> Answer:
         return self.generation(request, "completion")
 
+    async def responses(self, request: Request) -> Answer:
+        """The Responses API: a chat whose answer is written otherwise."""
+        body = self.decoded(request)
+        if not self.knows(body.get("model")):
+            names = {"nope": body["model"], "base": self.settings.served_name}
+            return self.book.reply("responses/responses_unknown_model", names)
+        request.body = msgspec.json.encode(chat_body(body))
+        generation = self.generation(request, "chat")
+        generation.response = Response(self.book, generation.ask, self.form.shown_model(generation.ask))
+        return generation
+
+    def knows(self, model: Any) -> bool:
+        """Whether a model or adapter goes by this name."""
+        return model in (None, self.settings.served_name) or str(model).rpartition(":")[2] in self.adapters.listed
+
     def decoded(self, request: Request) -> dict[str, Any]:
         """The JSON object of a request. Raises Refusal."""
         if not request.header("content-type").lower().startswith("application/json"):
@@ -249,53 +267,19 @@ class Engine(ABC):
         if refusal := checks.length_fault(self.book, self.settings, ask):
             raise Refusal(refusal)
         id = new_id(self.book["chat/chat" if kind == "chat" else "completions/completion"].json["id"])
-        writers = [
-            self.writer(ask, prompt, p * ask.n + i, str(i) if i else "")
-            for p, prompt in enumerate(ask.prompts)
-            for i in range(ask.n)
-        ]
-        return Generation(ask, writers, id)
+        style = Style(
+            context_tokens=self.settings.context_tokens,
+            default_limit=self.default_limit(ask),
+            counts_end_token=self.counts_end_token,
+            parses_tools=self.settings.tool_parser,
+            calls_forced_tool=self.calls_forced_tool(ask),
+            named_call_stops=self.named_call_stops,
+        )
+        return Generation(ask, writers(ask, style, self.script), id)
 
     def default_limit(self, ask: Ask) -> int | None:
         """Tokens of an answer whose request does not say; None: what the context leaves."""
         return None
-
-    def writer(self, ask: Ask, prompt: Prompt, index: int, copy: str) -> Writer:
-        """Who writes one choice. copy: tells the choices of one prompt apart, "" for the first."""
-        room = max(self.settings.context_tokens - prompt.tokens, 0)
-        wanted = self.default_limit(ask) if ask.max_tokens is None else ask.max_tokens
-        writer = Writer(
-            index,
-            (),
-            room if wanted is None else min(wanted, room),
-            max(self.script.tokens_per_chunk, 1),
-            ask.stops,
-            bool(ask.get("ignore_eos")),
-            self.counts_end_token,
-        )
-        writer.source = self._source(ask, prompt, copy, writer)
-        return writer
-
-    def _source(self, ask: Ask, prompt: Prompt, copy: str, writer: Writer) -> Iterable[Token]:
-        script = self.script
-        tool = ask.tool if ask.tool or not (script.call_tools and ask.may_call_tools) else ask.get("tools")[0]
-        if tool is not None and (self.calls_forced_tool(ask) or (script.call_tools and self.settings.tool_parser)):
-            writer.tool = tool["function"]["name"]
-            by_name = isinstance(ask.get("tool_choice"), dict)
-            writer.natural_end = "stop" if by_name and self.named_call_stops else "tool_calls"
-            given = script.tool_arguments
-            return spell(json.dumps(schema.minimal(tool["function"].get("parameters"))) if given is None else given)
-        if tool is not None and not self.settings.tool_parser:
-            call = {"name": tool["function"]["name"], "parameters": schema.minimal(tool["function"].get("parameters"))}
-            return spell(json.dumps([call]))
-        if ask.schema is not None:
-            return spell(json.dumps(schema.minimal(ask.schema)))
-        if script.answer is not None:
-            return spell(script.answer)
-        words = generate(ask.weights, prompt.text, ask.variant + copy, may_end_at_once=bool(prompt.answered))
-        if script.answer_tokens is not None:
-            return _exactly(words, script.answer_tokens)
-        return words
 
     # ---- faults
 
@@ -319,16 +303,6 @@ class Engine(ABC):
         made_for = directory.hidden_size()
         fits = made_for is None or self.settings.hidden_size in (None, made_for)
         return Adapter(name, path, directory.weights, fits), directory
-
-
-def _exactly(words: Iterable[Token], count: int) -> Iterable[Token]:
-    left = count
-    for word in words:
-        if word.text and left > 0:
-            left -= 1
-            yield word
-        if left <= 0:
-            return
 
 
 def last_part(path: str) -> str:

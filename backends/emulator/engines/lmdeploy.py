@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 from backends.emulator.adapters import AdapterFault
-from backends.emulator.answers import EVENT_STREAM, Format, error_events
+from backends.emulator.answers import Format
 from backends.emulator.ask import Ask
 from backends.emulator.engines.base import Answer, Engine, Generation, Handler, Refusal, Request
+from backends.emulator.events import EVENT_STREAM, error_events
 from backends.emulator.language import Token, tokenize
 from backends.emulator.recordings import Reply, json_reply
 from backends.emulator.writer import Writer

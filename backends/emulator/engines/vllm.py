@@ -64,7 +64,11 @@ class Vllm(Engine):
         return routes
 
     def all_routes(self) -> dict[tuple[str, str], Handler]:
-        absent = {"/v1/chat/completions", "/v1/completions"} if self.settings.embeddings else {"/v1/embeddings"}
+        absent = (
+            {"/v1/chat/completions", "/v1/completions", "/v1/responses"}
+            if self.settings.embeddings
+            else {"/v1/embeddings"}
+        )
         return {key: handler for key, handler in super().all_routes().items() if key[1] not in absent}
 
     def generation(self, request: Request, kind: Any) -> Generation:

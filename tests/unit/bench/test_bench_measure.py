@@ -255,6 +255,14 @@ def test_report_is_one_page_that_needs_nothing_else() -> None:
         assert expected in page
 
 
+def test_gateway_cpu_is_divided_by_the_events_it_relayed() -> None:
+    record = record_of(steady(100))
+    record.samples = [Sample("server:a", n * S, {"gateway_cpu_s": 5 + 0.021 * n}) for n in range(11)]
+    assert summarize(record).targets["a"].gateway_cpu_us_per_event == pytest.approx(0.21 / (100 * 21) * 1e6)
+    text = 'tunegate_relay_cpu_seconds_total{relay="0"} 1.5\ntunegate_relay_cpu_seconds_total{relay="1"} 2\n'
+    assert parse_metrics(text) == {"gateway_cpu_s": 3.5}
+
+
 def test_charts_are_well_formed_and_carry_their_data() -> None:
     record = record_of(steady(120))
     summary = summarize(record)

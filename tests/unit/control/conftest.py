@@ -107,7 +107,8 @@ class World:
             for file, contents in self.files(seed):
                 (work / file).write_bytes(contents)
                 parts.append(Part(file, work / file))
-            return await self.service.upload(name, parts, work, wait_s)
+            version, new = await self.service.take_in(name, parts, work)
+        return await self.service.settle(version, new, wait_s), new
 
     def content_id(self, name: str) -> str:
         return self.core.registry.adapters[name].newest.content_id
@@ -131,16 +132,17 @@ async def running(world: World, wait: bool = True) -> AsyncIterator[World]:
             await world.ready()
         yield world
     finally:
-        if task.done():
-            task.result()
+        ended = task.done()
         task.cancel()
         await asyncio.wait([task])
         await world.core.stop_engines()
-        await asyncio.sleep(0)
         for host in world.hosts:
             for engine in host.engines:
                 engine.die()
+                await engine.gone()
         world.store.close()
+        if ended:
+            task.result()
 
 
 @pytest.fixture

@@ -317,19 +317,18 @@ async def test_admin(start: Start) -> None:
 
 
 async def test_metrics(start: Start) -> None:
-    async with api(start, replicas=2) as (world, client):
+    async with api(start, replicas=2, first_backoff_s=30, last_backoff_s=30) as (world, client):
         await world.upload("pirate")
-        world.hosts[1].script.start_error = "gone"
         world.hosts[1].engine.die()
-        await until(lambda: world.replicas[1].state == "failed")
+        await until(lambda: world.replicas[1].state == "unhealthy")
         answer = await client.get("/metrics")
         assert answer.headers["content-type"].startswith("text/plain")
         lines = set(answer.text.splitlines())
         assert {
             'tunegate_engine_up{replica="r0"} 1.0',
             'tunegate_engine_up{replica="r1"} 0.0',
-            'tunegate_replica_state{replica="r1",state="failed"} 1.0',
-            'tunegate_replica_state{replica="r0",state="failed"} 0.0',
+            'tunegate_replica_state{replica="r1",state="unhealthy"} 1.0',
+            'tunegate_replica_state{replica="r0",state="unhealthy"} 0.0',
             'tunegate_adapters{state="ready"} 1.0',
             'tunegate_adapters{state="failed"} 0.0',
             'tunegate_replica_adapters{replica="r0",state="ready"} 1.0',
@@ -355,22 +354,33 @@ HEAD = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.zip"\r\
 
 
 @pytest.mark.parametrize("declared", [True, False])
-async def test_too_large_is_said_at_once_and_seen(start: Start, tmp_path: Path, declared: bool) -> None:
-    """The refusal arrives although the client is still sending."""
+async def test_too_large_is_said_at_once_and_the_rest_is_read(start: Start, tmp_path: Path, declared: bool) -> None:
+    """The refusal arrives although the client is still sending, and the client is not cut off while it sends."""
+    pieces = [HEAD, *[b"x" * 100_000] * 90]
     async with start() as world, served(world, tmp_path):
         reader, writer = await asyncio.open_unix_connection(tmp_path / "api.sock")
-        framing = b"content-length: 9000000" if declared else b"transfer-encoding: chunked"
-        writer.write(b"POST /v1/adapters HTTP/1.1\r\nhost: x\r\n" + framing + b"\r\n")
+        framing = f"content-length: {sum(map(len, pieces))}" if declared else "transfer-encoding: chunked"
+        writer.write(f"POST /v1/adapters HTTP/1.1\r\nhost: x\r\n{framing}\r\n".encode())
         writer.write(b"content-type: multipart/form-data; boundary=b\r\nconnection: close\r\n\r\n")
-        for piece in (HEAD, *[b"x" * 100_000] * 40):
-            writer.write(piece if declared else b"%x\r\n%b\r\n" % (len(piece), piece))
+
+        async def send(some: list[bytes]) -> None:
+            for piece in some:
+                writer.write(piece if declared else b"%x\r\n%b\r\n" % (len(piece), piece))
+                await writer.drain()
+
         async with asyncio.timeout(10):
+            await send(pieces[:40])
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            body = await reader.readuntil(b"}}" if declared else b'"}')
-        assert "413" in head.splitlines()[0]
-        assert b"--max-adapter-mb" in body
+            body = await reader.readuntil(b"}}")
+            assert "413" in head.splitlines()[0]
+            assert b"1 MB, the limit (--max-adapter-mb)" in body
+            await send(pieces[40:])
+            if not declared:
+                writer.write(b"0\r\n\r\n")
+                await writer.drain()
+            assert await reader.read() == b""
         writer.close()
-        await until(lambda: left(world) == [])
+        assert left(world) == []
 
 
 async def test_client_that_goes_away_leaves_nothing(start: Start, tmp_path: Path) -> None:

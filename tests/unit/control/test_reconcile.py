@@ -11,6 +11,9 @@ from backends import upstream
 from gateway.control.catalog import VersionState
 from gateway.control.replica import AdapterState, AdapterStatus, State
 from gateway.errors import Conflict, InvalidRequest
+from gateway.observe.cells import IN_FLIGHT_ROW, Cells
+from gateway.observe.series import IN_FLIGHT
+from gateway.snapshot import Applied, Snapshot
 from tests.unit.control.conftest import Start, World, until
 
 
@@ -190,6 +193,30 @@ async def test_delete_unpublishes_then_unloads_then_removes_the_files(start: Sta
         assert repr(world.replicas[0]) == "<Replica r0 vllm ready>"
 
 
+async def test_unload_waits_for_the_relays(start: Start) -> None:
+    async with start(relays_s=30, settle_s=30) as world:
+        await world.upload("pirate")
+        reader, writer = await asyncio.open_unix_connection(world.run_dir / "snapshots.sock", limit=1 << 20)
+        cells = Cells(world.run_dir / "relay-0.cells")
+        cells.name_row(IN_FLIGHT, 0, "r0")
+        cells.values[IN_FLIGHT_ROW] = 1
+        deleting = asyncio.create_task(world.service.delete("pirate"))
+        while "pirate" in (snapshot := msgspec.json.decode(await reader.readline(), type=Snapshot)).models:
+            pass
+        await until(lambda: AdapterState.DRAINING in [s.state for s in world.replicas[0].adapters.values()])
+        await asyncio.sleep(0.05)
+        assert not deleting.done()  # the relay has not said that it routes by this
+        assert not any(call.startswith("unload") for call in world.hosts[0].calls)
+        writer.write(msgspec.json.encode(Applied(0, snapshot.version)) + b"\n")
+        await deleting
+        await asyncio.sleep(0.05)
+        assert not any(call.startswith("unload") for call in world.hosts[0].calls)  # a request is in flight
+        cells.values[IN_FLIGHT_ROW] = 0
+        await until(lambda: any(call.startswith("unload") for call in world.hosts[0].calls))
+        writer.close()
+        cells.close()
+
+
 async def test_delete_leaves_what_another_name_needs(start: Start) -> None:
     async with start() as world:
         await world.upload("pirate")
@@ -252,13 +279,21 @@ async def test_one_replica_refuses_what_works_elsewhere(start: Start) -> None:
 
 
 async def test_more_than_a_replica_keeps(start: Start) -> None:
-    async with start(capacity=2) as world:
+    async with start(capacity=3) as world:  # two names and the spare one
         await world.upload("one", seed=1)
         await world.upload("two", seed=2)
         with pytest.raises(Conflict) as caught:
             await world.upload("three", seed=3)
-        assert "--max-adapters" in caught.value.message
+        assert "--max-adapters 3" in caught.value.message
         await until(lambda: len(list((world.state / "adapters").iterdir())) == 2)
+        # A new version has room, one at a time.
+        assert (await world.upload("one", seed=3))[0]["current"] is True
+        world.script.busy = True
+        await world.upload("one", seed=4, wait_s=0.01)
+        with pytest.raises(Conflict, match="changing versions"):
+            await world.upload("two", seed=5)
+        world.script.busy = False
+        await until(lambda: world.service.adapter("one")["version"] == 3)
         await world.service.delete("one")
         assert (await world.upload("three", seed=3))[0]["state"] == "ready"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from gateway.control.reconcile import Reconciler
 from gateway.control.replica import State
 from tests.support.fake_engine import FakeEngine
 from tests.unit.control.conftest import Start, World, until
@@ -145,3 +146,17 @@ async def test_stop_ends_the_engines(start: Start) -> None:
         engine = world.hosts[0].engine
     assert world.hosts[0].closed
     assert not engine.alive()
+
+
+async def test_defect_of_ours_ends_control(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is started again by its parent, and adopts the engines; hiding the defect would leave adapters unkept."""
+
+    async def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Reconciler, "keep", broken)
+    with pytest.raises(ExceptionGroup) as caught:
+        async with start(wait=False) as world:
+            await until(lambda: world.replicas[0].backend is not None)
+            await world.core.wait_for(lambda: False, 0.1)
+    assert caught.group_contains(ZeroDivisionError)

@@ -26,7 +26,7 @@ from tests.support.wait import eventually
 
 RECORDED_WITH = Shapes(hidden=576, layers=1, heads=9, kv_heads=3, intermediate=1536, head_dim=64)
 # Groups that an emulator does not play.
-LEFT_OUT = {"responses", "hang_up"}
+LEFT_OUT = {"hang_up"}
 # Cases whose answer depends on what the model says, or on words that only the engine's own parser finds.
 EXCEPTIONS = {
     "completions/completion_echo_logprobs",  # vLLM adds `prompt_logprobs`, which nobody reads

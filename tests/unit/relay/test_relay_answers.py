@@ -38,13 +38,20 @@ def test_a_clients_fault(body: object) -> None:
 
 
 def test_validation() -> None:
-    assert shown(422, FASTAPI) == (400, "invalid_request_error", "messages.0.role: Field required", None, None)
+    assert shown(422, FASTAPI) == (
+        400,
+        "invalid_request_error",
+        "messages.0.role: Field required",
+        "messages.0.role",
+        None,
+    )
     vllm = (
         "1 validation error:\n  {'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required', 'input': '<dict>'}"
     )
     sglang = (
         "2 validation errors:\n  {'type': 'list_type', 'loc': ('body', 'stop', 'list[str]'),"
-        " 'msg': 'Input should be a list', 'input': 5}\n  {'type': 'x', 'loc': ('body', 'stop', 0), 'msg': \"Input isn't text\", 'input': 5}\n\n"
+        " 'msg': 'Input should be a list', 'input': 5}\n"
+        "  {'type': 'x', 'loc': ('body', 'stop', 0), 'msg': \"Input isn't text\", 'input': 5}\n\n"
         '  File "/srv/env/lib/http_server.py", line 1870, in openai_v1_chat\n    POST /v1/chat/completions'
     )
     assert shown(400, {"error": {"message": vllm, "param": "body.messages"}})[2:4] == (
@@ -100,6 +107,7 @@ def test_names_and_paths_of_ours_do_not_come_out() -> None:
     )
     got = shown(400, {"error": {"message": message}})[2]
     assert got == "french (french) not in <path>, see https://x.org/a/b and /v1/chat/completions"
+    assert shown(400, {"error": {"message": "a-0123456789abc da-0123456789ab"}})[2] == "a-0123456789abc da-0123456789ab"
     assert len(shown(400, {"error": {"message": "x" * 100_000}})[2]) == 2000
 
 

@@ -39,7 +39,7 @@ async def test_a_request_and_its_answer_pass_as_they_are(relay: Relay) -> None:
         "connection": "close",
     }
     assert relay.counted("tunegate_requests") == {("control", "", "201"): 1}
-    assert relay.entries[0].model == "/v1/models/org%2Fname"
+    assert relay.entries[0].route == "/v1/models/org%2Fname"
 
 
 async def test_without_keys_nobody_is_named(relay: Relay) -> None:
@@ -160,16 +160,27 @@ async def test_control_is_silent(relay: Relay) -> None:
 
 
 async def test_control_answers_before_the_body_is_read(relay: Relay) -> None:
+    """A full disk is told while the upload still comes; what is behind it on the connection must not hang."""
     relay.serve(replica(9))
-    refused = asyncio.Event()
-    await relay.control([answer(b"no", "413 Too Large")])
-    async with relay.connected() as client:
-        client.writer.write(b"POST /v1/files HTTP/1.1\r\ncontent-length: 10\r\n\r\n")
-        client.writer.write(b"x" * 10)
-        assert (await client.answer()).status == 413
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await until(lambda: paused(relay))  # so much of the body waits here that the client was held back
+        writer.write(answer(b"no", "507 Insufficient Storage"))
+        await writer.drain()
+        writer.close()
+
+    control = await asyncio.start_unix_server(refuse, relay.folder / "control.sock")
+    async with control, relay.connected() as client:
+        size = 5_000_000
+        client.writer.write(b"POST /v1/files HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % size + b"x" * size)
+        assert (await client.answer()).status == 507
         client.send("GET", "/health")
         assert (await client.answer()).status == 200
-    assert not refused.is_set()
+
+
+def paused(relay: Relay) -> bool:
+    return any(not connection._transport.is_reading() for connection in relay.server.connections)
 
 
 async def test_a_slow_reader_of_controls_answer_is_held_back(relay: Relay) -> None:

@@ -1,0 +1,192 @@
+"""Attached engines, GPUs of replicas, and what the configuration becomes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from backends.spec import EngineSpec
+from gateway.config import ConfigError, ServeConfig
+from gateway.control import __main__ as main
+from gateway.control import wiring
+from gateway.control.hosting import AttachedHost, gpus_of
+from gateway.control.log import JsonLines
+from gateway.control.publish import Public
+from gateway.control.replica import Replica, State
+from gateway.control.supervisor import Duties, Supervisor
+from tests.support.checkpoints import write_checkpoint
+from tests.support.fake_engine import FakeEngine, Script
+from tests.support.peft_files import TINY
+from tests.unit.control.conftest import FAST, until
+
+
+class Attached:
+    """A supervised attached engine."""
+
+    def __init__(self, url: str, model: str = "base") -> None:
+        self.replica = Replica("r0", 0, lambda: None)
+        self.host = AttachedHost(url, "key", model)
+        self.task = asyncio.create_task(Supervisor(self.replica, self.host, duties(), FAST).run())
+
+    async def __aenter__(self) -> Replica:
+        return self.replica
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.task.cancel()
+        await asyncio.wait([self.task])
+
+
+def duties() -> Duties:
+    async def start_failed(*_: object) -> None:
+        return None
+
+    async def keep(_: Replica) -> None:
+        await asyncio.Event().wait()
+
+    return Duties(dict, start_failed, keep)
+
+
+async def engine() -> FakeEngine:
+    made = FakeEngine(Script(), {}, [])
+    await made.listen()
+    return made
+
+
+async def test_attached_engine_is_recognised_and_never_stopped() -> None:
+    running = await engine()
+    async with Attached(running.endpoint.url) as replica:
+        await until(lambda: replica.answers)
+        assert repr(replica) == "<Replica r0 vllm ready>"
+        running.script.unhealthy = True
+        await until(lambda: not replica.answers)
+        running.script.unhealthy = False
+        await until(lambda: replica.answers)
+    assert running.alive()
+    running.die()
+
+
+async def test_attached_engine_that_is_not_there_yet() -> None:
+    async with Attached("http://127.0.0.1:1") as replica:
+        await until(lambda: replica.state is State.LOADING)
+        assert replica.backend is None
+
+
+async def test_attached_engine_that_serves_something_else() -> None:
+    running = await engine()
+    async with Attached(running.endpoint.url, model="llama") as replica:
+        await until(lambda: replica.state is State.FAILED)
+        assert "serves base, not llama; give --model-name the name that it serves" in replica.reason
+    running.die()
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "https://host:1", "http://", "http://h:1/v1", ""])
+def test_urls_that_are_no_engine(url: str) -> None:
+    with pytest.raises(ConfigError, match="--attach"):
+        AttachedHost(url, "", "base")
+
+
+SPEC = EngineSpec(
+    backend="vllm",
+    version="1",
+    model_path=Path("/m"),
+    served_name="m",
+    device="cuda",
+    tensor_parallel=2,
+)
+
+
+@pytest.mark.parametrize(
+    ("index", "visible", "gpus"),
+    [(0, None, "0,1"), (1, None, "2,3"), (0, "4,5,6,7", "4,5"), (1, "4,5,6,7", "6,7"), (1, "a, b ,c,d", "c,d")],
+)
+def test_every_replica_has_its_own_gpus(index: int, visible: str | None, gpus: str) -> None:
+    assert gpus_of(index, SPEC, visible) == {"CUDA_VISIBLE_DEVICES": gpus}
+
+
+def test_too_few_gpus() -> None:
+    with pytest.raises(ConfigError, match="replica 1 needs 2 GPUs, CUDA_VISIBLE_DEVICES=0,1,2 leaves it 1"):
+        gpus_of(1, SPEC, "0,1,2")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., ServeConfig]:
+    model = write_checkpoint(tmp_path / "tiny", TINY)
+    (model / "tokenizer.json").write_text("{}")
+
+    def make(**values: object) -> ServeConfig:
+        return ServeConfig.model_validate(
+            {"model": str(model), "engine_version": "emulator", "state": tmp_path / "state", "device": "cpu"} | values
+        )
+
+    return make
+
+
+def test_configuration_of_own_engines(config: Callable[..., ServeConfig], tmp_path: Path) -> None:
+    control = wiring.build(config(replicas=2, max_adapters=5, api_key=("secret",)), tmp_path / "run", 1)
+    setup = control.core.setup
+    assert [id for id, _ in setup.hosts] == ["r0", "r1"]
+    assert (setup.backend and setup.backend.name, setup.capacity) == ("vllm", 6)
+    assert setup.public == Public("tiny", setup.public.key_digests)
+    assert len(setup.public.key_digests) == 1
+    assert "secret" not in repr(setup)
+    control.store.close()
+
+
+@pytest.mark.parametrize(
+    ("values", "known"),
+    [
+        ({}, True),  # --model is the checkpoint that the attached engine serves
+        ({"model": "org/elsewhere"}, False),
+        ({"model": "demo", "model_name": "llama"}, False),  # --model was not given
+    ],
+)
+def test_base_of_attached_engines(
+    config: Callable[..., ServeConfig], tmp_path: Path, values: dict[str, str], known: bool
+) -> None:
+    settings = config(attach=("http://127.0.0.1:1",), **values)
+    assert (wiring._attached_checkpoint(settings) is not None) is known
+    control = wiring.build(settings, tmp_path / "run", 1)
+    assert control.core.setup.backend is None
+    control.store.close()
+
+
+def test_configuration_that_cannot_be_served_ends_with_its_own_status(
+    config: Callable[..., ServeConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(config(attach=("nonsense",)).model_dump_json())
+    argv = ["control", "--config-json", str(file), "--run-dir", str(tmp_path / "run"), "--main-pid", "1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(main.ctypes, "CDLL", lambda *_, **__: NoKernel())
+    monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 2
+    assert "--attach nonsense" in capsys.readouterr().err
+
+
+class NoKernel:
+    """prctl would outlive the test: this process would end with its own parent."""
+
+    def prctl(self, *_: object) -> int:
+        return 0
+
+
+def test_log_lines_are_json() -> None:
+    try:
+        raise ValueError("why")
+    except ValueError:
+        record = logging.LogRecord("a", logging.ERROR, "f", 1, "it %s", ("broke",), sys.exc_info())
+    entry = json.loads(JsonLines().format(record))
+    assert entry.pop("ts") > 0
+    assert "ValueError: why" in entry.pop("traceback")
+    assert entry == {"level": "error", "logger": "a", "note": "it broke"}
