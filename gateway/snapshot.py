@@ -38,6 +38,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     replicas: tuple[Replica, ...]
     models: dict[str, Model]
     key_digests: dict[str, str]  # SHA-256 hex of an API key -> key id shown in logs; empty: open access
+    task: str = "generate"  # what the engines were started for: generate | embed
 
 
 class Applied(msgspec.Struct, frozen=True):

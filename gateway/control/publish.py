@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from backends.spec import Task
 from gateway import snapshot
 from gateway.adapters.names import pinned
 from gateway.control.catalog import Catalog, Version, VersionState
@@ -29,6 +30,7 @@ class Public:
 
     base: str  # the base model's name, to clients and engines alike
     key_digests: dict[str, str]
+    task: Task = "generate"
 
 
 def key_digests(keys: Iterable[str]) -> dict[str, str]:
@@ -46,7 +48,11 @@ def build(version: int, public: Public, replicas: Sequence[Replica], catalog: Ca
             name = pinned(adapter.name, number)
             models[name] = _model(name, public.base, own, replicas)
     return Snapshot(
-        version, tuple(_replica(replica) for replica in replicas if replica.answers), models, public.key_digests
+        version,
+        tuple(_replica(replica) for replica in replicas if replica.answers),
+        models,
+        public.key_digests,
+        public.task,
     )
 
 

@@ -46,7 +46,7 @@ def build(config: ServeConfig, run_dir: Path, main_pid: int) -> Control:
     spec = None if config.attach else engine_spec(config).model_copy(update={"max_adapters": capacity})
     place = Place(run_dir, state / "logs", main_pid, _STOP_GRACE_S)
     setup = Setup(
-        public=Public(config.public_name, key_digests(config.api_key)),
+        public=Public(config.public_name, key_digests(config.api_key), config.task),
         task=config.task,
         backend=registry.get(config.backend) if spec else None,
         capacity=capacity,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import gc
 import os
@@ -25,9 +26,11 @@ from gateway.relay.app import App
 from gateway.relay.forward import Limits
 from gateway.relay.link import follow
 from gateway.relay.server import Server
+from gateway.snapshot import Snapshot
 
 _PR_SET_PDEATHSIG = 1
 _TICK_S = 1.0
+_FIRST_SNAPSHOT_S = 5.0  # control sends it at once where it runs
 
 
 def main() -> None:
@@ -53,9 +56,18 @@ async def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
     app = App(loop, meter, Limits(args.max_body_bytes, args.request_timeout_s), args.run_dir, _note)
     server = Server(app.handle, loop)
     _every_second(loop, (app.tick, server.tick))
-    link = loop.create_task(follow(args.run_dir / "snapshots.sock", args.index, app.apply, _note))
+    informed = asyncio.Event()
+
+    def apply(snapshot: Snapshot) -> None:
+        app.apply(snapshot)
+        informed.set()
+
+    link = loop.create_task(follow(args.run_dir / "snapshots.sock", args.index, apply, _note))
     gc.collect()
     gc.freeze()  # what is here stays: no collection needs to look at it again
+    # Connections wait in the socket's queue, or go to another relay, rather than meet one that knows no models.
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(informed.wait(), _FIRST_SNAPSHOT_S)
     await server.start(listener)
     await stopping.wait()
     await server.drain(args.drain_timeout_s)

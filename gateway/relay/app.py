@@ -22,10 +22,10 @@ from gateway.snapshot import Replica, Snapshot
 ENDPOINTS = {
     endpoint.path: endpoint
     for endpoint in (
-        Endpoint(b"/v1/chat/completions", "chunks"),
-        Endpoint(b"/v1/completions", "chunks"),
-        Endpoint(b"/v1/embeddings"),
-        Endpoint(b"/v1/responses", "responses"),
+        Endpoint(b"/v1/chat/completions", "generate", "chunks"),
+        Endpoint(b"/v1/completions", "generate", "chunks", takes_prompt=True),
+        Endpoint(b"/v1/embeddings", "embed", names_checkpoint=frozenset({"sglang"})),
+        Endpoint(b"/v1/responses", "generate", "responses"),
         Endpoint(b"/tokenize", absent_from=frozenset({"lmdeploy"})),
         Endpoint(b"/detokenize", absent_from=frozenset({"lmdeploy"})),
     )

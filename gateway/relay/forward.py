@@ -27,7 +27,7 @@ from gateway.relay.account import Meter, ModelCells
 from gateway.relay.answers import Usage, engine_error, error_event, stream_error, usage_of
 from gateway.relay.client import ClientConnection
 from gateway.relay.http import EVENT_STREAM, JSON, Request
-from gateway.relay.request import Head, decode, overridden, with_usage
+from gateway.relay.request import Head, decode, overridden, refuse_empty_prompt, with_usage
 from gateway.relay.route import Candidate, Route, Table, pick
 from gateway.relay.sse import KEEPALIVE, EventStream, EventTooLong, ResponsesStream
 from gateway.relay.upstream import Connection
@@ -36,6 +36,7 @@ KEEPALIVE_S = 15
 _STALE_S = 1.0  # a kept connection that the engine had closed shows it at once; later, the request may have run
 _AVOID_S = 1.0  # how long a replica that refused a connection comes last
 _MAX_REPLICAS_TRIED = 2
+_ANY_MODEL = re.compile(rb'"model":\s*"(?:[^"\\]|\\.)*"')
 _TRACE = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullmatch
 
 
@@ -44,8 +45,11 @@ class Endpoint:
     """An inference route: its path here and on the engines, and how it streams."""
 
     path: bytes
+    task: str | None = None  # what an engine must have been started for; None: either
     stream: Literal["chunks", "responses"] | None = None
     absent_from: frozenset[str] = frozenset()  # backends whose engine has no such route
+    names_checkpoint: frozenset[str] = frozenset()  # backends that answer with the checkpoint's path as `model`
+    takes_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +158,22 @@ class Inference:
 
     def _dispatch(self) -> None:
         self._head = decode(self._body)
+        self._check_task()
+        if self._endpoint.takes_prompt:
+            refuse_empty_prompt(self._body)
         route = self._table.resolve(self._head.model)
         self._route = route
         self._model = self._meter.model(route.label)
         self._choose(route.candidates)
+
+    def _check_task(self) -> None:
+        """An engine started for the other task may die of such a request. Raises NotFound."""
+        task = self._endpoint.task
+        if task not in (None, self._table.task):
+            raise NotFound(
+                f"{self._endpoint.path.decode()} is not served here: the model was started for the task "
+                f"`{self._table.task}`, this needs `{task}` (--task)."
+            )
 
     def _choose(self, candidates: tuple[Candidate, ...]) -> None:
         """Take a slot of the least loaded replica and send it the request. Raises NotFound, Unavailable."""
@@ -385,6 +401,8 @@ class Inference:
     def _rename(self) -> tuple[re.Pattern[bytes], bytes] | None:
         assert self._candidate is not None
         assert self._route is not None
+        if self._candidate.engine.backend in self._endpoint.names_checkpoint:
+            return _ANY_MODEL, self._route.public
         pattern = self._candidate.engine_name
         return (pattern, self._route.public) if pattern is not None else None
 

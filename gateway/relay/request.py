@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import msgspec
 
@@ -72,6 +73,13 @@ def decode(body: bytes) -> Head:
         raise InvalidRequest(f"The request's body is not JSON: {error}.") from error
 
 
+def refuse_empty_prompt(body: bytes) -> None:
+    """An empty prompt ends LMDeploy's engine for good, and no engine answers one. Raises InvalidRequest."""
+    prompt = _decode_prompt(body).prompt
+    if prompt in ("", []) or (isinstance(prompt, list) and any(part in ("", []) for part in prompt)):
+        raise InvalidRequest("`prompt` is empty; it takes a text, token ids, or a list of these.", param="prompt")
+
+
 def with_usage(body: bytes, options: StreamOptions | None) -> bytes:
     """The members to append so that the engine reports usage at the stream's end; the client's options are kept."""
     if options is None:
@@ -89,6 +97,13 @@ def overridden(body: bytes, members: bytes) -> list[bytes | memoryview]:
 
 class _RawOptions(msgspec.Struct):
     stream_options: msgspec.Raw
+
+
+class _Prompt(msgspec.Struct):
+    prompt: Any = None
+
+
+_decode_prompt = msgspec.json.Decoder(_Prompt).decode
 
 
 def _explain(fault: str) -> InvalidRequest:

@@ -60,6 +60,7 @@ class Table:
         """engines: replica id -> what the relay keeps for it, of accepting replicas only."""
         self.version = snapshot.version
         self.key_digests = snapshot.key_digests
+        self.task = snapshot.task
         self._models = snapshot.models
         self._engines = engines
         self._routes: dict[str, Route] = {}

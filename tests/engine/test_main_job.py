@@ -185,16 +185,19 @@ def test_client_that_goes_away_stops_the_engine(served: Gateway, direct: httpx2.
         next(answer.iter_lines())
         eventually(lambda: running(direct) == 1, 10)
     left = time.monotonic()
-    eventually(lambda: running(direct) == 0, 5)
-    assert time.monotonic() - left < 1.5  # one second, and the engine's own metrics interval
+    eventually(lambda: running(direct) == 0, 10)
+    assert time.monotonic() - left < 2.5  # one second, and what the engine's own report lags behind
 
 
-def running(direct: httpx2.Client) -> float:
-    """Requests the engine is working on, by its own metrics."""
+def running(direct: httpx2.Client) -> int:
+    """Requests the engine is working on, by its own account."""
+    loads = direct.get("/v1/loads")  # SGLang's metrics lag by dozens of tokens, this does not
+    if loads.status_code == 200:
+        return int(loads.json()["loads"][0]["num_running_reqs"])
     for line in direct.get("/metrics").text.splitlines():
-        if line.startswith(("vllm:num_requests_running", "sglang:num_running_reqs{")):
-            return float(line.rsplit(" ", 1)[1])
-    raise AssertionError("the engine's page has no such metric")
+        if line.startswith("vllm:num_requests_running"):
+            return int(float(line.rsplit(" ", 1)[1]))
+    raise AssertionError("the engine says nowhere how much it is working on")
 
 
 def test_deleted_adapter_is_gone(client: openai.OpenAI, served: Gateway, oracle: Oracle) -> None:

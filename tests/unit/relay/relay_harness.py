@@ -134,13 +134,17 @@ class Relay:
         self.cells.close()
 
     def serve(
-        self, *replicas: Replica, models: dict[str, Model] | None = None, keys: dict[str, str] | None = None
+        self,
+        *replicas: Replica,
+        models: dict[str, Model] | None = None,
+        keys: dict[str, str] | None = None,
+        task: str = "generate",
     ) -> None:
         """Apply a snapshot: by default base `demo`, on every replica."""
         self.version += 1
         names = {replica.id: "demo" for replica in replicas}
         models = models or {"demo": Model("demo", None, None, names, "")}
-        self.app.apply(Snapshot(self.version, replicas, models, keys or {}))
+        self.app.apply(Snapshot(self.version, replicas, models, keys or {}, task))
 
     async def engine(self, *scripts: Any, serve: bool = True, backend: str = "vllm") -> ScriptedUpstream:
         """A scripted engine, the only replica unless `serve` is off."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import InvalidRequest
-from gateway.relay.request import RESERVED, StreamOptions, decode, overridden, with_usage
+from gateway.relay.request import RESERVED, StreamOptions, decode, overridden, refuse_empty_prompt, with_usage
 
 
 def joined(body: bytes, members: bytes) -> object:
@@ -112,3 +112,15 @@ def test_any_object_is_unchanged_but_for_the_override(rest: dict[str, object]) -
             assert not text.isprintable() or "\\ud" in text.lower()  # lone surrogates are not text
             continue
         assert joined(body, b',"model":"a-1"') == members | {"model": "a-1"}
+
+
+@pytest.mark.parametrize("prompt", [b'""', b"[]", b'["a",""]', b"[[]]", b"[[1],[]]"])
+def test_empty_prompts_are_refused(prompt: bytes) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        refuse_empty_prompt(b'{"model":"demo","prompt":%b}' % prompt)
+    assert raised.value.param == "prompt"
+
+
+@pytest.mark.parametrize("prompt", [b'" "', b"[1,2]", b'["a","\\"\\""]', b"[[1]]", b"null"])
+def test_other_prompts_pass(prompt: bytes) -> None:
+    refuse_empty_prompt(b'{"model":"demo","prompt":%b}' % prompt)

@@ -317,12 +317,34 @@ async def test_bad_bodies(relay: Relay, body: bytes) -> None:
 
 
 async def test_every_endpoint_reaches_the_engine_by_its_own_path(relay: Relay) -> None:
-    engine = await relay.engine([answer(b'{"ok":true}')])
+    engine = await relay.engine([answer(b'{"ok":true}')], serve=False)
     async with relay.connected() as client:
-        for path in ENDPOINTS:
+        for path, endpoint in ENDPOINTS.items():
+            relay.serve(replica(engine), task=endpoint.task or "generate")
             client.send("POST", path.decode() + "?x=1", BODY)
             assert (await client.answer()).json == {"ok": True}
     assert [seen.line for seen in engine.seen] == [f"POST {path.decode()} HTTP/1.1" for path in ENDPOINTS]
+
+
+async def test_an_engine_meets_only_the_task_it_was_started_for(relay: Relay) -> None:
+    """SGLang's server for embeddings dies of a chat request."""
+    engine = await relay.engine([answer(b'{"ok":true}')], serve=False)
+    async with relay.connected() as client:
+        for task in ("generate", "embed"):
+            relay.serve(replica(engine), task=task)
+            for path, endpoint in ENDPOINTS.items():
+                client.send("POST", path.decode(), BODY)
+                got = await client.answer()
+                assert got.status == (200 if endpoint.task in (None, task) else 404)
+    assert len(engine.seen) == 3 + 1 + 2 * 2  # generation, embedding, and twice the two for any task
+
+
+async def test_an_embedding_server_that_names_its_checkpoint(relay: Relay) -> None:
+    engine = await relay.engine([answer(b'{"data":[],"model":"/models/secret path"}')], serve=False)
+    relay.serve(replica(engine, backend="sglang"), task="embed")
+    async with relay.connected() as client:
+        client.send("POST", "/v1/embeddings", BODY)
+        assert (await client.answer()).json["model"] == "demo"
 
 
 async def test_lmdeploy_has_no_tokenizer_routes(relay: Relay) -> None:
