@@ -16,7 +16,6 @@ Standard library only, and few modules of it: one guard runs per replica.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import select
@@ -27,20 +26,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from backends import proctree
+from backends import lifeline, proctree
 
 LOG_LIMIT_BYTES = 32 << 20  # per file; one older file is kept beside it
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
 _REMAINS_GRACE_S = 3.0  # for workers, once the engine's first process is gone
 _OOM_SCORE = "500"  # when memory runs out, an engine dies before the gateway does
 _POLL_S = 0.05
 _CHUNK_BYTES = 1 << 16
-
-
-def _prctl(option: int, value: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
 
 
 # -- files ----------------------------------------------------------------------------------------------------------
@@ -108,7 +100,7 @@ class Guard:
 
     def run(self) -> int:
         """Start the engine and stay until nothing of it is left. Raises OSError when it cannot be started."""
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        lifeline.prctl(lifeline.PR_SET_CHILD_SUBREAPER, 1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
         main_fd = self._watch_main()
@@ -160,9 +152,7 @@ class Guard:
         guard_pid = os.getpid()
 
         def in_child() -> None:
-            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != guard_pid:  # the guard died before the line above
-                os._exit(1)
+            lifeline.end_with_parent(signal.SIGKILL, guard_pid)
             with open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123 - between fork and exec
                 file.write(_OOM_SCORE)
 

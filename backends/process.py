@@ -250,7 +250,7 @@ def _state_path(run_dir: Path, replica_id: str) -> Path:
 def _read_state(path: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads(path.read_text()))
-    except OSError:
+    except (OSError, ValueError):  # none, or one that a power cut left empty
         return None
 
 

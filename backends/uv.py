@@ -8,7 +8,7 @@ users cannot read: an index URL may hold a password.
 from __future__ import annotations
 
 import configparser
-import ctypes
+import functools
 import os
 import re
 import selectors
@@ -22,6 +22,7 @@ from typing import IO
 
 from uv import find_uv_bin
 
+from backends import lifeline
 from backends.base import BackendError
 from backends.progress import Progress
 
@@ -30,8 +31,6 @@ _PIP_KEYS = (*_PIP_LISTS, "index-url", "no-index", "cert", "timeout", "default-t
 _TAIL_LINES = 30
 _TICK_S = 1.0
 _COMPILE_TIMEOUT_S = "600"  # uv gives up on a file after 60 s, which a busy machine can exceed
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
 
 
 class UvFailed(BackendError):
@@ -109,7 +108,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         pass_fds=pass_fds,
-        preexec_fn=_end_with_parent,
+        preexec_fn=functools.partial(lifeline.end_with_parent, signal.SIGKILL, os.getpid()),
     ) as process:
         assert process.stdout is not None
         for line in lines_or_ticks(process.stdout):
@@ -119,11 +118,6 @@ def run(
             progress.update(str(steps))
     if process.returncode != 0:
         raise UvFailed("\n".join(tail) or f"uv ended with status {process.returncode} and said nothing")
-
-
-def _end_with_parent() -> None:
-    """Runs in the child before uv does."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def lines_or_ticks(pipe: IO[bytes]) -> Iterator[str]:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from backends.spec import DEFAULT_MAX_ADAPTER_RANK, BackendName, Device, Task
 
 DEMO_MODEL = "demo"
+_SECRETS = frozenset({"api_key", "attach_key", "database_url"})  # never shown in messages
 
 
 class ConfigError(Exception):
@@ -88,6 +89,17 @@ class ServeConfig(BaseModel):
     state: Path | None = _option(None, _SERVER, "Registry, adapters and logs. Default: $TUNEGATE_HOME/state.")
     database_url: str | None = _option(None, _SERVER, "SQLAlchemy URL of the registry. Default: SQLite in --state.")
 
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _keys(cls, value: Any) -> Any:
+        """One key or many, without the white space that files and environments leave around them."""
+        keys = (value,) if isinstance(value, str) else value
+        if isinstance(keys, (list, tuple)):
+            keys = tuple(str(key).strip() for key in keys)
+            if not all(keys):
+                raise ValueError("a key is empty; leave it out for open access")
+        return keys
+
     @property
     def state_dir(self) -> Path:
         return self.state or home() / "state"
@@ -127,4 +139,5 @@ def _explain(fault: Any) -> str:
         nearest = difflib.get_close_matches(key, ServeConfig.model_fields, n=1)
         hint = f", did you mean `{nearest[0]}`?" if nearest else f"; known: {', '.join(ServeConfig.model_fields)}"
         return f"unknown key `{key}`{hint}"
-    return f"`{key}`: {fault['msg']}, given {fault['input']!r}"
+    given = "" if key in _SECRETS else f", given {fault['input']!r}"
+    return f"`{key}`: {fault['msg']}{given}"

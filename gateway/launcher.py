@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import functools
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from typing import IO, Any
 
 import httpx2
 
+from backends import lifeline
 from gateway.config import ConfigError, ServeConfig
 from gateway.preflight import check
 
@@ -31,6 +33,7 @@ _STEADY_S = 60.0  # a child that ran this long starts again from the first delay
 _CONFIG_REFUSED = 2  # control's exit status for a configuration it cannot serve
 _CONTROL_STOP_S = 60.0  # engines get their own grace within it
 _POLL_S = 0.2
+_SOCKET_PATH_BYTES = 107  # the kernel's limit
 _PROGRESS_EVERY_S = 15.0
 
 
@@ -38,14 +41,22 @@ def serve(config: ServeConfig) -> int:
     """Serve until SIGTERM or SIGINT; the process's exit status. Raises ConfigError or BackendError before it starts."""
     check(config)
     run_dir = config.state_dir / "run"
-    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if len(os.fsencode(run_dir / "snapshots.sock")) > _SOCKET_PATH_BYTES:
+        raise ConfigError(f"--state {config.state_dir} is too long for the sockets in it; choose a shorter path")
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make --state {config.state_dir}: {error.strerror}") from error
     with _only_one(config.state_dir), _listen(config.host, config.port) as listener:
         return asyncio.run(_Gateway(config, run_dir, listener).run())
 
 
 def _only_one(state_dir: Path) -> IO[str]:
     """Hold the state directory's lock. Raises ConfigError when another gateway holds it."""
-    lock = (state_dir / "lock").open("a+")
+    try:
+        lock = (state_dir / "lock").open("a+")
+    except OSError as error:
+        raise ConfigError(f"cannot write to --state {state_dir}: {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -86,32 +97,42 @@ class _Child:
         self._stdin = stdin
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
-        self.refused = asyncio.Event()  # it ended saying that its configuration cannot be served
+        self.may_refuse = False  # whether an exit status can mean that its configuration cannot be served
+        self.refused = asyncio.Event()
 
     async def keep_running(self) -> None:
         """Start it, and again whenever it ends, until `stop`."""
         deaths = 0
         while not self._stopping:
             started = time.monotonic()
-            self._process = await asyncio.create_subprocess_exec(
-                *self._argv,
-                pass_fds=self._fds,
-                stdin=asyncio.subprocess.PIPE if self._stdin is not None else asyncio.subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's Ctrl-C reaches only the main process, which stops them in order
-            )
-            if self._stdin is not None:
-                # Configuration holds secrets: a pipe keeps them off the disk and out of the process list.
-                await self._process.communicate(self._stdin)
-            status = await self._process.wait()
+            try:
+                status = await self._run()
+            except OSError as error:  # no memory or no descriptors for another process, at this moment
+                status = None
+                _say(f"{self.name} cannot be started: {error.strerror}")
             if self._stopping:
                 return
-            if status == _CONFIG_REFUSED:
+            if status == _CONFIG_REFUSED and self.may_refuse:
                 self.refused.set()
                 return
-            deaths = 0 if time.monotonic() - started > _STEADY_S else deaths + 1
+            deaths = 1 if time.monotonic() - started > _STEADY_S else deaths + 1
             delay_s = _RESTART_DELAYS_S[min(deaths, len(_RESTART_DELAYS_S)) - 1]
             _say(f"{self.name} ended with status {status}; starting it again in {delay_s:g} s")
             await asyncio.sleep(delay_s)
+
+    async def _run(self) -> int:
+        """From its start to its end; the exit status. Raises OSError when it cannot be started."""
+        self._process = await asyncio.create_subprocess_exec(
+            *self._argv,
+            pass_fds=self._fds,
+            stdin=asyncio.subprocess.PIPE if self._stdin is not None else asyncio.subprocess.DEVNULL,
+            start_new_session=True,  # a terminal's Ctrl-C reaches only the main process, which stops them in order
+            preexec_fn=functools.partial(lifeline.end_with_parent, signal.SIGTERM, os.getpid()),
+        )
+        if self._stdin is not None:
+            # Configuration holds secrets: a pipe keeps them off the disk and out of the process list.
+            await self._process.communicate(self._stdin)
+        return await self._process.wait()
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, then SIGKILL once `grace_s` is over."""
@@ -142,6 +163,7 @@ class _Gateway:
             _command("gateway.control", run_dir, config_json="/dev/stdin", main_pid=os.getpid()),
             stdin=config.model_dump_json().encode(),
         )
+        self._control.may_refuse = True  # until it has served: later, what was right is mended, not given up
         limits = {
             "max_body_bytes": config.max_body_mb * 1_000_000,
             "request_timeout_s": config.request_timeout_s,
@@ -170,6 +192,7 @@ class _Gateway:
             done, _ = await asyncio.wait({ready, refused, stop}, return_when=asyncio.FIRST_COMPLETED)
             failed = refused in done or (ready in done and not ready.result())
             if not failed:
+                self._control.may_refuse = False
                 await stop
         finally:
             for task in (ready, refused, stop):

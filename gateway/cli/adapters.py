@@ -18,6 +18,7 @@ from rich.table import Table
 from gateway.cli.client import GatewayClient, connection_options
 
 _ARCHIVES = (".zip", ".tar.gz", ".tgz")
+_WAIT_S = 600  # the most the API waits; LMDeploy starts its engine again for an adapter
 
 
 @click.group()
@@ -59,7 +60,7 @@ def upload(source: Path, name: str, base: str | None, url: str, api_key: str | N
     """Upload a PEFT directory (or a .zip / .tar.gz of one) and wait until it can be called."""
     client = GatewayClient(url, api_key)
     started = time.monotonic()
-    fields = {"name": name} | ({"base": base} if base else {})
+    fields = {"name": name, "wait_s": str(_WAIT_S)} | ({"base": base} if base else {})
     with _archive(source) as (filename, stream):
         adapter = client.call("POST", "/v1/adapters", data=fields, files={"file": (filename, stream)})
     if adapter["state"] != "ready":
@@ -88,7 +89,7 @@ def _archive(source: Path) -> Iterator[tuple[str, BinaryIO]]:
     if not (source / "adapter_config.json").is_file():
         raise click.ClickException(f"{source} has no adapter_config.json: not a PEFT adapter directory")
     with tempfile.TemporaryFile() as packed:
-        with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1) as tar:
+        with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1, dereference=True) as tar:
             for file in _files_of(source):
                 tar.add(file, arcname=file.name, recursive=False)
         packed.seek(0)
@@ -96,4 +97,4 @@ def _archive(source: Path) -> Iterator[tuple[str, BinaryIO]]:
 
 
 def _files_of(directory: Path) -> list[Any]:
-    return sorted(path for path in directory.iterdir() if path.is_file() and not path.is_symlink())
+    return sorted(path for path in directory.iterdir() if path.is_file())

@@ -14,7 +14,8 @@ class GatewayClient:
     def __init__(self, url: str, api_key: str | None) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._url = url.rstrip("/")
-        self._http = httpx2.Client(base_url=self._url, headers=headers, timeout=httpx2.Timeout(10, read=600, write=600))
+        timeout = httpx2.Timeout(10, read=660, write=660)  # uploads wait until the adapter answers
+        self._http = httpx2.Client(base_url=self._url, headers=headers, timeout=timeout, trust_env=False)
 
     def call(self, method: str, path: str, **kwargs: Any) -> Any:
         """The decoded JSON answer of one request. Raises click.ClickException."""
@@ -37,7 +38,7 @@ def _message(response: httpx2.Response) -> str:
 
 
 def connection_options(command: Any) -> Any:
-    """Add --url and --api-key (or $TUNEGATE_URL, $TUNEGATE_API_KEY) and pass a ready `client`."""
+    """Add --url and --api-key (or $TUNEGATE_URL, $TUNEGATE_API_KEY) of the gateway to call."""
     command = click.option("--api-key", envvar="TUNEGATE_API_KEY", help="Key of the gateway [$TUNEGATE_API_KEY].")(
         command
     )

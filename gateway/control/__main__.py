@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -28,7 +27,6 @@ from gateway.control.log import JsonLines
 from gateway.control.store import StoreUnavailable
 from gateway.errors import StorageFull
 
-_PR_SET_PDEATHSIG = 1
 _CONFIG_REFUSED = 2  # exit status: starting it again would not help
 _OPEN_REQUESTS_S = 5  # for requests in flight when control stops
 
@@ -36,7 +34,6 @@ _OPEN_REQUESTS_S = 5  # for requests in flight when control stops
 def main() -> None:
     """Run until SIGTERM."""
     args = _arguments()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if not Path(f"/proc/{args.main_pid}").exists():
         sys.exit(1)  # it ended before the line above
     handler = logging.StreamHandler()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
+from sqlalchemy.exc import SQLAlchemyError
 
 from backends import upstream
 from backends.base import AdapterRejected, Backend, EngineUnreachable, UnsupportedSpec
@@ -24,12 +25,14 @@ from gateway.control.plan import Action, Load, Unload, plan
 from gateway.control.registry import Registry
 from gateway.control.replica import AdapterState, Replica
 from gateway.control.timings import Timings
+from gateway.errors import StorageFull
 
 _log = logging.getLogger(__name__)
 _DEATHS_LIMIT = 2
 _LISTED_TRIES = 3  # engines list what they loaded a moment later, if at all
 _LISTED_EVERY_S = 0.2
 _UNREACHABLE_RETRY_S = 1.0
+_STORE_RETRY_S = 5.0
 _BUSY = (429, 503)
 _ROLL = "adapter change"
 
@@ -94,6 +97,10 @@ class Reconciler:
                 # Whether it is dead is the supervisor's to judge; if it only was busy, it is asked again.
                 _log.info("replica %s: %s", replica.id, error)
                 wait_s = _UNREACHABLE_RETRY_S
+            except (StorageFull, SQLAlchemyError) as error:
+                # The engine goes on serving what it has; what could not be written down is tried again.
+                _log.error("replica %s: the registry cannot be written: %s", replica.id, error)
+                wait_s = _STORE_RETRY_S
             try:
                 async with asyncio.timeout(wait_s):
                     await wake.wait()

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx2
 
 from backends import upstream
-from backends.base import BackendError
+from backends.base import BackendError, EngineUnreachable
 from gateway.control.hosting import Engine, Host
 from gateway.control.replica import Replica, State
 from gateway.control.timings import Timings
@@ -91,7 +91,7 @@ class Supervisor:
                 await self._wait_ready(engine, client)
                 return await self._serve(engine, client), engine
         except (_StartFailed, BackendError) as error:
-            known = not isinstance(error, _StartFailed) or error.known
+            known = error.known if isinstance(error, _StartFailed) else not isinstance(error, EngineUnreachable)
             await self._duties.start_failed(replica, frozenset(static), str(error))
             return _End(State.FAILED if known else State.UNHEALTHY, str(error)), engine
         finally:
@@ -146,11 +146,17 @@ class Supervisor:
             if self._replica.restart_wanted is not None:
                 return self._replica.restart_wanted
             if time.monotonic() >= health_at:
-                misses = 0 if await self._host.ready(client) else misses + 1
+                misses = 0 if await self._healthy(client) else misses + 1
                 health_at = time.monotonic() + self._timings.health_every_s
                 if misses >= self._timings.health_misses:
                     return f"the engine did not answer {misses} health checks in a row", False
             await asyncio.sleep(self._timings.poll_s)
+
+    async def _healthy(self, client: httpx2.AsyncClient) -> bool:
+        try:
+            return await self._host.ready(client) is not None
+        except EngineUnreachable:
+            return False
 
 
 def _ended(engine: Engine) -> str:

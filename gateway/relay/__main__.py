@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import gc
 import os
 import resource
@@ -28,7 +27,6 @@ from gateway.relay.link import follow
 from gateway.relay.server import Server
 from gateway.snapshot import Snapshot
 
-_PR_SET_PDEATHSIG = 1
 _TICK_S = 1.0
 _FIRST_SNAPSHOT_S = 5.0  # control sends it at once where it runs
 
@@ -36,7 +34,6 @@ _FIRST_SNAPSHOT_S = 5.0  # control sends it at once where it runs
 def main() -> None:
     """Serve until SIGTERM, then drain."""
     args = _arguments()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     with socket.socket(fileno=args.fd) as listener:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 IDLE_LIMIT_S = 75  # a connection without a request, or whose request makes no progress, is closed after this
 _LINGER_S = 30  # how long the rest of a refused body is read, so that the client sees the refusal
 _HEAD_LIMIT_BYTES = 65_536
+_PIPELINED_LIMIT_BYTES = 1_000_000  # of their bodies
 _PIPELINED_LIMIT = 16  # requests a client may send ahead of their answers
 
 
@@ -71,6 +72,7 @@ class ClientConnection(asyncio.Protocol):
         self._serving: Request | None = None  # the one being answered
         self._handler: Handler | None = None
         self._waiting: deque[Request] = deque()
+        self._waiting_bytes = 0  # of their bodies, held since the last turn
         self._chunked = False
         self._still_s = 0  # seconds without progress while no handler watches the time
         self._closing = False  # close once the current message is read to its end
@@ -92,7 +94,7 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._incoming is None:
             self._head_bytes += len(data)
-        else:
+        elif not self._closing:  # a refused body has its time to end, however it trickles
             self._still_s = 0
         try:
             self._parser.feed_data(data)
@@ -125,7 +127,8 @@ class ClientConnection(asyncio.Protocol):
         self._target += piece
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers[name.lower()] = value
+        if self._incoming is None:  # else a trailer, which means nothing to us
+            self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
         parser = self._parser
@@ -147,13 +150,15 @@ class ClientConnection(asyncio.Protocol):
         if request is self._serving or request in self._waiting:
             assert request is not None
             request.pieces.append(piece)
+            if request is not self._serving:
+                self._waiting_bytes += len(piece)
+                if self._waiting_bytes > _PIPELINED_LIMIT_BYTES:
+                    self._transport.pause_reading()  # until its turn comes, in `_next`
 
     def on_message_complete(self) -> None:
         request, self._incoming = self._incoming, None
         if request is None:
             return
-        if self._headers:
-            self._headers = {}  # trailers, which mean nothing to us
         self._still_s = 0
         request.complete = True
         if request is self._serving and self._handler is not None:
@@ -311,6 +316,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _next(self) -> None:
         if self._waiting and self._serving is None:
+            self._waiting_bytes = 0
             self._begin(self._waiting.popleft())
             if not self._transport.is_closing():
                 self._transport.resume_reading()

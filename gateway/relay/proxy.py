@@ -13,15 +13,13 @@ from gateway.relay.client import ClientConnection
 from gateway.relay.http import Request
 from gateway.relay.upstream import Connection, Origin
 
-KEY_ID_HEADER = b"x-tunegate-key-id"  # who asks, as the relay knows; control believes it
-
 _HOP_BY_HOP = frozenset(
     {
         b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
         b"trailer", b"transfer-encoding", b"upgrade", b"expect", b"content-length",
     }
 )  # fmt: skip
-_NOT_FORWARDED = _HOP_BY_HOP | {b"authorization", b"x-request-id", KEY_ID_HEADER}
+_NOT_FORWARDED = _HOP_BY_HOP | {b"authorization", b"x-request-id"}
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id", b"date", b"server"}
 
 
@@ -135,8 +133,6 @@ class ControlProxy:
         lines = [b"%b %b HTTP/1.1\r\n" % (request.method, request.target)]
         lines += [b"%b: %b\r\n" % item for item in request.headers.items() if item[0] not in _NOT_FORWARDED]
         lines.append(b"x-request-id: %b\r\n" % request.id)
-        if request.key_id is not None:
-            lines.append(b"%b: %b\r\n" % (KEY_ID_HEADER, request.key_id.encode()))
         if self._chunked:
             lines.append(b"transfer-encoding: chunked\r\n")
         elif request.declared_bytes is not None:

@@ -84,3 +84,20 @@ def test_public_name_is_the_last_part_of_the_model() -> None:
     assert config.ServeConfig(model="/models/Qwen3-8B/").public_name == "Qwen3-8B"
     assert config.ServeConfig(model="org/name@main").public_name == "name"
     assert config.ServeConfig(model="org/name", model_name="mine").public_name == "mine"
+
+
+@pytest.mark.parametrize("text", ["api_key: ''", "api_key: [one, ' ']"])
+def test_an_empty_key_is_no_key(tmp_path: Path, text: str) -> None:
+    """`--api-key "$KEY"` with KEY unset must not open the gateway to an empty key."""
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    assert "a key is empty" in refused("--config", str(file))
+    assert "a key is empty" in refused("--api-key", "")
+
+
+def test_keys_are_one_or_many_and_never_shown(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("api_key: |\n  sk-secret\n")
+    assert config.load(file, {}).api_key == ("sk-secret",)
+    file.write_text("api_key: {sk-secret: 1}")
+    assert "sk-secret" not in refused("--config", str(file))

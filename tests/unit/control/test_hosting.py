@@ -166,19 +166,11 @@ def test_configuration_that_cannot_be_served_ends_with_its_own_status(
     file.write_text(config(attach=("nonsense",)).model_dump_json())
     argv = ["control", "--config-json", str(file), "--run-dir", str(tmp_path / "run"), "--main-pid", "1"]
     monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(main.ctypes, "CDLL", lambda *_, **__: NoKernel())
     monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])
     with pytest.raises(SystemExit) as ended:
         main.main()
     assert ended.value.code == 2
     assert "--attach nonsense" in capsys.readouterr().err
-
-
-class NoKernel:
-    """prctl would outlive the test: this process would end with its own parent."""
-
-    def prctl(self, *_: object) -> int:
-        return 0
 
 
 def test_log_lines_are_json() -> None:

@@ -110,36 +110,6 @@ async def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) ->
     assert [line["status"] for line in lines if line["route"] == "/v1/chat/completions"] == [200]
 
 
-async def test_a_relay_dies_with_its_parent(tmp_path: Path) -> None:
-    engine = ScriptedUpstream([answer(completion())])
-    await engine.start()
-    server = await serve_snapshots(tmp_path, engine)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        parent = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import subprocess, sys, time\n"
-                "child = subprocess.Popen(sys.argv[2:], pass_fds=(int(sys.argv[1]),))\n"
-                "print(child.pid, flush=True)\ntime.sleep(60)",
-                str(listener.fileno()),
-                *command(tmp_path, listener),
-            ],
-            pass_fds=(listener.fileno(),),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        await ready(listener.getsockname()[1])
-        parent.kill()
-        parent.wait()
-        parent.stdout.close()
-        await until(lambda: not alive(child))
-    server.close()
-    await engine.close()
-
-
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -21,9 +21,7 @@ async def test_a_request_and_its_answer_pass_as_they_are(relay: Relay) -> None:
         [answer(b"[1]", "201 Created", "text/x", extra="x-a: b\r\ndate: now\r\nserver: s\r\n")]
     )
     async with relay.connected() as client:
-        client.send(
-            "PUT", "/v1/models/org%2Fname?a=%20", b"body", **SEKRET, x_custom="1", x_tunegate_key_id="root", te="gzip"
-        )
+        client.send("PUT", "/v1/models/org%2Fname?a=%20", b"body", **SEKRET, x_custom="1", te="gzip")
         got = await client.answer()
     assert (got.status, got.body) == (201, b"[1]")
     assert set(got.headers) == {"content-type", "x-a", "content-length", "x-request-id"}
@@ -33,22 +31,12 @@ async def test_a_request_and_its_answer_pass_as_they_are(relay: Relay) -> None:
     assert seen.headers == {
         "host": "relay",
         "x-custom": "1",
-        "x-tunegate-key-id": "key-1",
         "x-request-id": got.headers["x-request-id"],
         "content-length": "4",
         "connection": "close",
     }
     assert relay.counted("tunegate_requests") == {("control", "", "201"): 1}
     assert relay.entries[0].route == "/v1/models/org%2Fname"
-
-
-async def test_without_keys_nobody_is_named(relay: Relay) -> None:
-    relay.serve(replica(9))
-    control = await relay.control([answer(b"{}")])
-    async with relay.connected() as client:
-        client.send("GET", "/v1/models", x_tunegate_key_id="root")
-        await client.answer()
-    assert "x-tunegate-key-id" not in control.seen[0].headers
 
 
 async def test_an_upload_streams_through(relay: Relay) -> None:

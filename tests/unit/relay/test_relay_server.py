@@ -379,3 +379,39 @@ async def test_a_disconnect_is_seen_while_requests_wait_in_the_pipe(relay: Relay
     await asyncio.wait_for(seen.gone.wait(), 1)
     await until(lambda: relay.in_flight() == 0)
     assert len(engine.seen) == 1
+
+
+async def test_trailers_are_not_kept(relay: Relay) -> None:
+    relay.serve(replica(9), keys={"0" * 64: "key-1"})
+    async with relay.connected() as client:
+        client.writer.write(b"POST /v1/chat/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n")
+        assert (await client.answer()).status == 401
+        for number in range(100):
+            client.writer.write(b"t%d: %b\r\n" % (number, b"x" * 10_000))
+        await client.writer.drain()
+        [connection] = relay.server.connections
+        assert connection._headers == {}
+        client.writer.write(b"\r\n")
+        client.send("GET", "/health")
+        assert (await client.answer()).status == 200
+
+
+async def test_a_body_that_waits_its_turn_is_not_gathered(relay: Relay) -> None:
+    """Behind an answer that is not finished, a second body stays with its sender."""
+    more = asyncio.Event()
+    engine = await relay.engine([answer(b'{"first":1}')[:-5], more, b'rst":1}'[-5:]])
+    async with relay.connected() as client:
+        client.send("POST", CHAT, BODY)
+        await engine.request()
+        size = 8_000_000
+        head = b'{"model":"demo","messages":"'
+        client.writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % (size + len(head) + 2)
+        )
+        client.writer.write(head + b"x" * size + b'"}')
+        [connection] = relay.server.connections
+        await until(lambda: not connection._transport.is_reading())
+        assert sum(len(piece) for request in connection._waiting for piece in request.pieces) < 2_000_000
+        more.set()
+        assert (await client.answer()).status == 200
+        assert (await client.answer()).status == 413
