@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def test_full_disk(base: Path, tmp_path: Path) -> None:
     try:
         with gateway("--engine-version", "emulator", "--model", str(base), state=disk / "state") as serving:
             filler = disk / "filler"
-            filler.write_bytes(b"\0" * ((free_bytes(disk)) - 400_000))
+            filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - 400_000))
             big = adapter(tmp_path / "big", rank=64) / "README.md"
             big.write_bytes(b"\0" * 2_000_000)
             with serving.client() as client:
@@ -125,9 +126,3 @@ def test_full_disk(base: Path, tmp_path: Path) -> None:
             assert chat(serving, "small").status_code == 200
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def free_bytes(path: Path) -> int:
-    import shutil
-
-    return shutil.disk_usage(path).free
