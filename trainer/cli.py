@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +20,13 @@ from trainer import config as configs
 from trainer.control import PauseRequest
 from trainer.data import validate
 from trainer.errors import TrainError
-from trainer.formats import FormatName, parse_conversation, parse_preference
+from trainer.formats import FormatName, parse_conversation, parse_labelled, parse_preference, parse_prompt
 
+_PARSERS: dict[str, Callable[[dict[str, Any], FormatName], object]] = {
+    "sft": parse_conversation,
+    "kto": parse_labelled,
+    "grpo": parse_prompt,
+}
 EXIT_PAUSED = 75  # EX_TEMPFAIL: run `train resume` to go on
 
 
@@ -60,6 +65,21 @@ def resume(run_dir: Path) -> None:
 
 
 @train.command()
+@click.option("--config", "config_file", type=click.Path(path_type=Path), required=True, help="YAML file with `runs:`.")
+def together(config_file: Path) -> None:
+    """Train several adapters at once on one base model; the same command again goes on where they stand."""
+    with _shown_as_click_error():
+        runs = configs.load_together(config_file)
+        outcomes = _runs().start_together(runs)
+    for run, outcome in zip(runs, outcomes, strict=True):
+        click.echo(f"{'failed: ' if isinstance(outcome, TrainError) else ''}{outcome}: {run.output_dir}")
+    if any(isinstance(outcome, TrainError) for outcome in outcomes):
+        sys.exit(1)
+    if "paused" in outcomes:
+        sys.exit(EXIT_PAUSED)
+
+
+@train.command()
 @click.argument("run_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def pause(run_dir: Path) -> None:
     """Ask a run to stop after its step, with a checkpoint. Same as SIGUSR1, SIGTERM or Ctrl-C to its process."""
@@ -73,7 +93,7 @@ def pause(run_dir: Path) -> None:
 @click.option("--data-format", type=click.Choice(typing.get_args(FormatName)), default="auto", show_default=True)
 def check_data(files: tuple[Path, ...], method: str, data_format: FormatName) -> None:
     """Check JSONL files line by line, without a model: every bad line is named."""
-    parse = parse_conversation if method == "sft" else parse_preference
+    parse = _PARSERS.get(method, parse_preference)
     with _shown_as_click_error():
         summary = validate(files, lambda row: parse(row, data_format))
     click.echo(f"{summary.examples} good examples, sha256 {summary.sha256}")

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from trainer.errors import ConfigError
 from trainer.formats import FormatName
 
-Method = Literal["sft", "dpo", "orpo", "simpo"]
+Method = Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo"]
 Schedule = Literal["cosine", "linear", "constant"]
 DTypeName = Literal["auto", "bfloat16", "float32"]
 
@@ -26,6 +26,8 @@ def _option(default: Any, group: str, help: str, **rules: Any) -> Any:
 
 
 _MODEL, _LORA, _DATA, _OPTIM, _METHOD, _RUN = "Model", "LoRA", "Data", "Optimisation", "Method", "Run"
+_ROLLOUT = "Rollouts"
+_ROLLOUT = "Rollouts"
 
 
 class TrainConfig(BaseModel):
@@ -150,11 +152,92 @@ class SimpoConfig(PreferenceConfig):
     gamma: float = _option(1.0, _METHOD, "Margin that the chosen must win by.", ge=0)
 
 
+class KtoConfig(PreferenceConfig):
+    """Kahneman-Tversky optimisation: single answers labelled good or bad, against the base with the adapter off."""
+
+    method: Literal["kto"] = "kto"
+    tuning: Literal["lora"] = "lora"
+    beta: float = _option(0.1, _METHOD, "Strength of the pull towards the base model.", gt=0)
+    desirable_weight: float = _option(1.0, _METHOD, "Weight of the good answers' loss.", gt=0)
+    undesirable_weight: float = _option(1.0, _METHOD, "Weight of the bad answers' loss.", gt=0)
+    batch_size: int = _option(16, _OPTIM, "Examples per optimizer step.", ge=2)  # the baseline pairs neighbours
+
+
+class GrpoConfig(TrainConfig):
+    """Group-relative policy optimisation: answers sampled from a live gateway, scored by rewards."""
+
+    method: Literal["grpo"] = "grpo"
+    tuning: Literal["lora"] = "lora"
+    train_on: Literal["assistant"] = "assistant"
+    overlong: Literal["drop", "error"] = _option("drop", _DATA, "What to do with prompts that leave no room to answer.")
+    batch_size: int = _option(8, _OPTIM, "Prompts per optimizer step.", ge=1)
+    learning_rate: float = _option(2e-5, _OPTIM, "Peak learning rate.", gt=0)
+
+    gateway_url: str = _option("http://127.0.0.1:8000", _ROLLOUT, "The gateway that samples; key: $TUNEGATE_API_KEY.")
+    publish_as: str | None = _option(None, _ROLLOUT, "Adapter name there, while training. Default: grpo-RUN.")
+    group_size: int = _option(8, _ROLLOUT, "Answers per prompt.", ge=2)
+    max_completion_tokens: int = _option(256, _ROLLOUT, "Longest answer, in tokens.", ge=1)
+    rollout_ahead: bool = _option(False, _ROLLOUT, "Sample the next step's answers while this step trains.")
+    rollout_timeout_s: float = _option(600.0, _ROLLOUT, "Longest wait for one answer.", gt=0)
+    reward: tuple[str, ...] = _option(
+        ..., _ROLLOUT, "`accuracy`, `format`, or FILE.py:FUNCTION; repeatable.", min_length=1
+    )
+    reward_weight: tuple[float, ...] = _option((), _ROLLOUT, "A weight for each reward. Default: 1 each.")
+    reward_timeout_s: float = _option(60.0, _ROLLOUT, "Time limit of one call of a reward plug-in.", gt=0)
+
+    beta: float = _option(0.0, _METHOD, "Weight of the KL divergence from the base model.", ge=0)
+    clip_low: float = _option(0.2, _METHOD, "The probability ratio is clipped at 1 minus this.", gt=0, lt=1)
+    clip_high: float = _option(0.2, _METHOD, "The probability ratio is clipped at 1 plus this.", gt=0)
+    scale_rewards: bool = _option(True, _METHOD, "Divide advantages by the group's standard deviation.")
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = _option(
+        "dapo", _METHOD, "Mean over all tokens; over answers of their means; or by a constant length."
+    )
+
+    @field_validator("reward")
+    @classmethod
+    def _absolute_plugins(cls, rewards: tuple[str, ...]) -> tuple[str, ...]:
+        """So that the run can be resumed from elsewhere."""
+        split = [reward.rpartition(":") for reward in rewards]
+        return tuple(
+            f"{Path(file).expanduser().absolute()}:{function}" if colon else function for file, colon, function in split
+        )
+
+    @model_validator(mode="after")
+    def _rewards(self) -> GrpoConfig:
+        if self.reward_weight and len(self.reward_weight) != len(self.reward):
+            raise ValueError(
+                f"`reward_weight` needs a number for each of {len(self.reward)} rewards, "
+                f"{len(self.reward_weight)} given"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _room(self) -> GrpoConfig:
+        if self.max_completion_tokens >= self.max_length:
+            raise ValueError(
+                f"`max_completion_tokens` ({self.max_completion_tokens}) leaves no room for a prompt in "
+                f"`max_length` ({self.max_length})"
+            )
+        return self
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """A weight for each reward."""
+        return self.reward_weight or (1.0,) * len(self.reward)
+
+    @property
+    def adapter_name(self) -> str:
+        """What the gateway calls the adapter while it trains."""
+        return self.publish_as or f"grpo-{self.output_dir.name}"
+
+
 CONFIGS: dict[str, type[TrainConfig]] = {
     "sft": SftConfig,
     "dpo": DpoConfig,
     "orpo": OrpoConfig,
     "simpo": SimpoConfig,
+    "kto": KtoConfig,
+    "grpo": GrpoConfig,
 }
 
 
@@ -168,6 +251,41 @@ def load(method: str, file: Path | None, flags: dict[str, Any]) -> TrainConfig:
         return schema.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(fault, schema) for fault in error.errors())) from error
+
+
+def load_together(file: Path) -> list[TrainConfig]:
+    """Several runs of one file: its `runs`, each over the keys that they share. Raises ConfigError with every fault."""
+    shared = _read(file)
+    runs = shared.pop("runs", None)
+    if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
+        raise ConfigError(f"{file} must hold `runs:`, a list with the keys of each run")
+    faults, found = [], []
+    for i, run in enumerate(runs):
+        values = shared | _normalised(run)
+        method = values.get("method", "sft")
+        try:
+            if method not in CONFIGS:
+                raise ConfigError(f"`method` must be one of {', '.join(CONFIGS)}, given {method!r}")
+            found.append(load(method, None, values))
+        except ConfigError as error:
+            faults += [f"runs[{i}]: {line}" for line in str(error).splitlines()]
+    if faults:
+        raise ConfigError("\n".join(faults))
+    _check_together(found)
+    return found
+
+
+def _check_together(runs: list[TrainConfig]) -> None:
+    """Raises ConfigError for runs that cannot share one model."""
+    first = runs[0]
+    for i, run in enumerate(runs):
+        for key in ("model", "device", "dtype", "gradient_checkpointing"):
+            if getattr(run, key) != getattr(first, key):
+                raise ConfigError(f"runs[{i}]: `{key}` must be the same for all runs: they share the model")
+        if run.tuning != "lora" or isinstance(run, GrpoConfig):
+            raise ConfigError(f"runs[{i}]: only LoRA runs on a dataset can be trained together")
+        if run.output_dir in [other.output_dir for other in runs[:i]]:
+            raise ConfigError(f"runs[{i}]: `output_dir` is that of another run: {run.output_dir}")
 
 
 def dump(config: TrainConfig) -> str:
@@ -192,9 +310,13 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not YAML: {error}") from error
     if parsed is not None and not isinstance(parsed, dict):
         raise ConfigError(f"{file} must hold `key: value` lines, found a {type(parsed).__name__}")
-    values = {str(key).replace("-", "_"): value for key, value in (parsed or {}).items()}
+    return _normalised(parsed or {})
+
+
+def _normalised(given: dict[Any, Any]) -> dict[str, Any]:
+    values = {str(key).replace("-", "_"): value for key, value in given.items()}
     # One file, pattern or name may be written without the list around it.
-    for key in ("dataset", "eval_dataset", "lora_target"):
+    for key in ("dataset", "eval_dataset", "lora_target", "reward"):
         if isinstance(values.get(key), str):
             values[key] = [values[key]]
     return values

@@ -15,8 +15,10 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 class PauseRequest:
     """Asked between steps; a second Ctrl-C interrupts at once."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, common: PauseRequest | None = None) -> None:
+        """common: a request to several runs, of which this is one."""
         self._file = directory / "pause"
+        self._common = common
         self._reason = ""
 
     def ask(self) -> None:
@@ -30,7 +32,8 @@ class PauseRequest:
 
     def reason(self) -> str:
         """Why to pause; empty to go on."""
-        return self._reason or ("pause file" if self._file.exists() else "")
+        own = self._reason or ("pause file" if self._file.exists() else "")
+        return own or (self._common.reason() if self._common is not None else "")
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -4,6 +4,7 @@
     weights.f32    beside each token its weight as a target
     sequences.npy  where each sequence begins, and the end        int64 [sequences + 1]
     examples.npy   where each example's sequences begin, and end  int64 [examples + 1]
+    good.npy       for each sequence whether its answer is one to move towards (KTO)
     meta.json      what it was made from; written last, so a directory without it is not whole
 
 An example is what one line gives: for SFT one sequence (or one per rewritten turn), else chosen and rejected.
@@ -16,7 +17,7 @@ import json
 import shutil
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class TokenDataset:
         self._tokens = np.memmap(directory / "tokens.i32", np.int32, "r")
         self._weights = np.memmap(directory / "weights.f32", np.float32, "r")
         self._sequences = np.load(directory / "sequences.npy")
+        self._good = np.load(directory / "good.npy")
         self._examples = np.load(directory / "examples.npy")
 
     def __len__(self) -> int:
@@ -62,6 +64,15 @@ class TokenDataset:
             span = slice(self._sequences[s], self._sequences[s + 1])
             found.append((self._tokens[span], self._weights[span]))
         return found
+
+    def prompt_ids(self, example: int) -> np.ndarray:
+        """The ids before the first target of the example's first sequence."""
+        token_ids, weights = self.sequences(example)[0]
+        return token_ids[: int(np.flatnonzero(weights)[0])]
+
+    def is_good(self, example: int) -> bool:
+        """Whether the answer is one to move towards (KTO); always, where rows have no label."""
+        return bool(self._good[self._examples[example]])
 
     def length_tokens(self, example: int) -> int:
         """Tokens fed to the model for one example: the last of each sequence is only a target."""
@@ -118,7 +129,7 @@ class _Writer:
         self._directory, self._max_length, self._overlong = directory, max_length, overlong
         self._tokens = (directory / "tokens.i32").open("wb")
         self._weights = (directory / "weights.f32").open("wb")
-        self._sequences, self._examples = array("q", [0]), array("q", [0])
+        self._sequences, self._examples, self._good = array("q", [0]), array("q", [0]), array("b")
         self._trained = self._dropped = self._truncated = self._longest = 0
 
     def add(self, sequences: list[TokenSequence]) -> None:
@@ -139,6 +150,7 @@ class _Writer:
             self._tokens.write(np.asarray(sequence.token_ids, np.int32).tobytes())
             self._weights.write(np.asarray(sequence.weights, np.float32).tobytes())
             self._sequences.append(self._sequences[-1] + len(sequence.token_ids))
+            self._good.append(sequence.good)
             self._trained += sequence.trained_tokens
             self._longest = max(self._longest, len(sequence.token_ids))
         self._examples.append(len(self._sequences) - 1)
@@ -147,6 +159,7 @@ class _Writer:
         """Write the tables; the counts."""
         self.abandon()
         np.save(self._directory / "sequences.npy", np.frombuffer(self._sequences, np.int64))
+        np.save(self._directory / "good.npy", np.frombuffer(self._good, np.int8))
         np.save(self._directory / "examples.npy", np.frombuffer(self._examples, np.int64))
         return DatasetMeta(
             sha256=sha256,
@@ -165,4 +178,4 @@ class _Writer:
 
 
 def _cut(sequence: TokenSequence, length: int) -> TokenSequence:
-    return TokenSequence(sequence.token_ids[:length], sequence.weights[:length])
+    return replace(sequence, token_ids=sequence.token_ids[:length], weights=sequence.weights[:length])

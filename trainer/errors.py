@@ -7,6 +7,8 @@ TrainError
 ├── ModelError         the base model cannot be loaded or adapted
 ├── CheckpointError    a checkpoint cannot be written or read
 ├── RunError           the run directory is in use, finished or not one
+├── RolloutError       the gateway did not sample
+├── RewardError        a reward function failed
 └── DivergedError      loss or gradients stay non-finite
 """
 
@@ -39,6 +41,14 @@ class CheckpointError(TrainError):
 
 class RunError(TrainError):
     """The run directory cannot be used as asked."""
+
+
+class RolloutError(TrainError):
+    """The gateway cannot be reached, or did not give what was asked of it."""
+
+
+class RewardError(TrainError):
+    """A reward function failed, took too long, or returned no numbers."""
 
 
 class DivergedError(TrainError):

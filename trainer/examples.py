@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from trainer.config import PreferenceConfig, TrainConfig
+from dataclasses import replace
+
+from trainer.config import KtoConfig, PreferenceConfig, TrainConfig
 from trainer.dataset import Tokenise
 from trainer.errors import RowError
-from trainer.formats import Conversation, Row, parse_conversation, parse_preference
+from trainer.formats import Conversation, Row, parse_conversation, parse_labelled, parse_preference
 from trainer.masks import ChatTemplate, TokenSequence
 from trainer.model import BaseModel
 
@@ -27,6 +29,12 @@ def tokeniser(config: TrainConfig, base: BaseModel) -> Tokenise:
         parsed = parse_preference(row, config.data_format)
         return template.sequences(parsed.chosen) + template.sequences(parsed.rejected)
 
+    def labelled(row: Row) -> list[TokenSequence]:
+        parsed = parse_labelled(row, config.data_format)
+        return [replace(sequence, good=parsed.good) for sequence in template.sequences(parsed.conversation)]
+
+    if isinstance(config, KtoConfig):
+        return labelled
     return preference if isinstance(config, PreferenceConfig) else conversation
 
 

@@ -55,6 +55,23 @@ class Preference:
     rejected: Conversation
 
 
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A conversation whose last answer is good or bad."""
+
+    conversation: Conversation
+    good: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Messages to be answered, and what else the row holds for the rewards."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+    columns: dict[str, Any]
+
+
 def parse_conversation(row: Row, format: FormatName = "auto") -> Conversation:
     """Read a row for supervised training. Raises RowError with what is wrong."""
     name = _detect(row, _CONVERSATIONS) if format == "auto" else format
@@ -72,6 +89,37 @@ def parse_preference(row: Row, format: FormatName = "auto") -> Preference:
     if "rejected_response" in row:
         return _messages_preference(row)
     return _chosen_rejected(row)
+
+
+def parse_labelled(row: Row, format: FormatName = "auto") -> Labelled:
+    """Read a row for KTO: a conversation, or `prompt` and `completion`, with a `label`. Raises RowError."""
+    label = row.get("label")
+    if not isinstance(label, bool):
+        raise RowError(f"`label` must be true (a good answer) or false (a bad one), given {_short(label)}")
+    if format == "auto" and "completion" in row:
+        prompt, answer = _prompt(row), _completion(row["completion"], "completion")
+        weights = [0.0] * len(prompt) + [1.0] * len(answer)
+        return Labelled(_conversation(prompt + answer, weights, _tools(row.get("tools"))), label)
+    parsed = parse_conversation(row, format)
+    weights = [0.0] * (len(parsed.weights) - 1) + [1.0]
+    return Labelled(Conversation(parsed.messages, weights, parsed.tools), label)
+
+
+def parse_prompt(row: Row, format: FormatName = "auto") -> Prompt:
+    """Read a row for GRPO: `prompt` or `messages`; everything else goes to the rewards. Raises RowError."""
+    if format not in ("auto", "messages"):
+        raise RowError(f"format `{format}` holds no prompt; use `messages`")
+    messages = _prompt(row) if "prompt" in row else _messages(row.get("messages"), "messages")[0]
+    if messages[-1]["role"] == "assistant":
+        raise RowError("the last message is the assistant's: a prompt ends where the model is to answer")
+    columns = {key: value for key, value in row.items() if key not in ("prompt", "messages", "tools")}
+    return Prompt(messages, _tools(row.get("tools")), columns)
+
+
+def _prompt(row: Row) -> list[Message]:
+    """`prompt`: text, or messages."""
+    raw = row.get("prompt")
+    return _messages([{"role": "user", "content": raw}] if isinstance(raw, str) else raw, "prompt")[0]
 
 
 def _detect(row: Row, known: dict[str, tuple[str, Callable[[Row], Conversation]]]) -> str:
@@ -171,9 +219,7 @@ def _chosen_rejected(row: Row) -> Preference:
             raise RowError(f"`{key}` is missing: a preference needs `chosen` and `rejected`")
     chosen, rejected = _completion(row["chosen"], "chosen"), _completion(row["rejected"], "rejected")
     if "prompt" in row:
-        prompt = row["prompt"]
-        raw = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return _pair(_messages(raw, "prompt")[0], chosen, rejected, _tools(row.get("tools")))
+        return _pair(_prompt(row), chosen, rejected, _tools(row.get("tools")))
     # The prompt is what both sides begin with.
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:

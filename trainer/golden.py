@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from trainer.dataset import TokenDataset
 from trainer.learner import Learner
 from trainer.pack import pack_sequences
 
 _MAX_NEW_TOKENS = 16
+
+
+class Prompts(Protocol):
+    """Prompts by number."""
+
+    def __len__(self) -> int: ...
+
+    def prompt_ids(self, example: int) -> np.ndarray:
+        """What the model sees before it answers."""
 
 
 @dataclass
@@ -23,11 +31,12 @@ class Golden:
     token_ids: list[int]
     logprobs: list[float]
     text: str
+    base_logprobs: list[float] | None = None  # of the same tokens with the adapter off; None: there is no adapter
 
 
-def golden_answers(learner: Learner, dataset: TokenDataset, count: int) -> list[dict[str, Any]]:
+def golden_answers(learner: Learner, prompts: Prompts, count: int) -> list[dict[str, Any]]:
     """Answers to the prompts of the first examples, up to the stop token or 16 tokens."""
-    answers = [Golden(_prompt_of(dataset, i), [], [], "") for i in range(min(count, len(dataset)))]
+    answers = [Golden(prompts.prompt_ids(i).tolist(), [], [], "") for i in range(min(count, len(prompts)))]
     stop = {*learner.base.stop_ids, learner.base.tokenizer.eos_token_id}
     open_answers = answers
     for _ in range(_MAX_NEW_TOKENS):
@@ -36,16 +45,30 @@ def golden_answers(learner: Learner, dataset: TokenDataset, count: int) -> list[
             break
         for answer, (token, logprob) in zip(open_answers, _next_tokens(learner, open_answers), strict=True):
             answer.token_ids.append(token)
-            answer.logprobs.append(round(logprob, 5))
+            answer.logprobs.append(round(min(logprob, 0.0), 5))
     for answer in answers:
         answer.text = learner.base.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+    if learner.adapter is not None and answers:
+        _score_base(learner, answers)
     return [asdict(answer) for answer in answers]
+
+
+def _score_base(learner: Learner, answers: list[Golden]) -> None:
+    """Fill in what the base makes of the answers' tokens."""
+    pairs = []
+    for answer in answers:
+        ids = np.array([*answer.prompt_token_ids, *answer.token_ids], np.int32)
+        pairs.append((ids, np.arange(len(ids)) >= len(answer.prompt_token_ids)))
+    logprobs = learner.reference(pack_sequences(pairs, learner.base.device)).tolist()
+    for answer in answers:
+        answer.base_logprobs = [round(min(value, 0.0), 5) for value in logprobs[: len(answer.token_ids)]]
+        del logprobs[: len(answer.token_ids)]
 
 
 @torch.no_grad()
 def _next_tokens(learner: Learner, answers: list[Golden]) -> list[tuple[int, float]]:
     """The likeliest next token of each, with its log-probability."""
-    learner.base.model.eval()
+    learner.set_mode(training=False)
     pairs = []
     for answer in answers:
         # The row drops each sequence's last token, so a placeholder target is put behind.
@@ -57,9 +80,3 @@ def _next_tokens(learner: Learner, answers: list[Golden]) -> list[tuple[int, flo
     logprobs_SV = (hidden_SH @ learner.base.head_VH.T).float().log_softmax(-1)
     best = logprobs_SV.max(-1)
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-
-
-def _prompt_of(dataset: TokenDataset, example: int) -> list[int]:
-    """The ids before the first target of the example's first sequence."""
-    token_ids, weights = dataset.sequences(example)[0]
-    return [int(token) for token in token_ids[: int(np.flatnonzero(weights)[0])]]

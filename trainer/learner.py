@@ -6,7 +6,6 @@ and come back as tensors.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -32,18 +31,13 @@ class Learner:
 
     def forward_backward(self, batch: PackedBatch, objective: Sft | PerToken, normaliser: float) -> Metrics:
         """Add the row's share of the gradient; the sums to report, `loss` among them, already divided."""
-        self._set_mode(training=True)
+        self.set_mode(training=True)
         hidden_KH = self.base.hidden_KH(batch)
-        if isinstance(objective, Sft):
-            loss = weighted_nll(hidden_KH, self.base.head_VH, batch.targets_K, batch.weights_K / normaliser)
-            metrics: Metrics = {}
-        else:
-            reference_K = self._reference_logprobs(batch) if objective.needs_reference else None
-            logprobs_K = target_logprobs(hidden_KH, self.base.head_VH, batch.targets_K)
-            summed, metrics = objective.loss(logprobs_K, reference_K, batch)
-            loss = summed / normaliser
+        needs_reference = not isinstance(objective, Sft) and objective.needs_reference
+        reference_K = self.reference(batch) if needs_reference else None
+        loss, metrics = loss_of(hidden_KH, self.base.head_VH, reference_K, batch, objective, normaliser)
         loss.backward()
-        return {"loss": loss.detach()} | {name: value / normaliser for name, value in metrics.items()}
+        return metrics
 
     def optim_step(self, learning_rate: float, max_grad_norm: float) -> Metrics:
         """Clip, step, clear. A step with non-finite gradients changes nothing and is counted in `skipped`."""
@@ -62,11 +56,11 @@ class Learner:
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch, objective: Sft | PerToken) -> Metrics:
         """Sums over the row: `loss` as in training, and for SFT right tokens and wholly right sequences."""
-        self._set_mode(training=False)
+        self.set_mode(training=False)
         hidden_KH = self.base.hidden_KH(batch)
         logprobs_K, greedy_K = score_targets(hidden_KH, self.base.head_VH, batch.targets_K)
         if not isinstance(objective, Sft):
-            reference_K = self._reference_logprobs(batch) if objective.needs_reference else None
+            reference_K = self.reference(batch) if objective.needs_reference else None
             loss, metrics = objective.loss(logprobs_K, reference_K, batch)
             return {"loss": loss, **metrics}
         # Every target likeliest given the ones before it: greedy decoding would give exactly this answer.
@@ -79,21 +73,42 @@ class Learner:
 
     def score(self, batch: PackedBatch) -> torch.Tensor:
         """log p of each target of the row, float32 [K]. No gradient."""
-        return self._logprobs(batch, contextlib.nullcontext())
+        self.set_mode(training=False)
+        return self._logprobs(batch)
 
-    def _set_mode(self, *, training: bool) -> None:
+    def reference(self, batch: PackedBatch) -> torch.Tensor:
+        """The same by the base model: with the adapter off."""
+        assert self.adapter is not None, "the reference is the base with the adapter off"
+        with self.adapter.mix.spans():
+            return self._logprobs(batch)
+
+    def set_mode(self, *, training: bool) -> None:
+        """Make the model this learner's, to train or to answer."""
+        if self.adapter is not None:
+            self.adapter.activate()
         if self.base.model.training != training:  # walking all modules for nothing would cost every row
             self.base.model.train(training)
 
-    def _reference_logprobs(self, batch: PackedBatch) -> torch.Tensor:
-        assert self.adapter is not None, "the reference is the base with the adapter off"
-        return self._logprobs(batch, self.adapter.disabled())
-
     @torch.no_grad()
-    def _logprobs(self, batch: PackedBatch, context: Any) -> torch.Tensor:
-        with context:
-            hidden_KH = self.base.hidden_KH(batch)
-        return score_targets(hidden_KH, self.base.head_VH, batch.targets_K)[0]
+    def _logprobs(self, batch: PackedBatch) -> torch.Tensor:
+        return score_targets(self.base.hidden_KH(batch), self.base.head_VH, batch.targets_K)[0]
+
+
+def loss_of(
+    hidden_KH: torch.Tensor,
+    head_VH: torch.Tensor,
+    reference_K: torch.Tensor | None,
+    batch: PackedBatch,
+    objective: Sft | PerToken,
+    normaliser: float,
+) -> tuple[torch.Tensor, Metrics]:
+    """The row's share of the loss, and the sums to report, `loss` among them; both divided by the normaliser."""
+    if isinstance(objective, Sft):
+        loss = weighted_nll(hidden_KH, head_VH, batch.targets_K, batch.weights_K / normaliser)
+        return loss, {"loss": loss.detach()}
+    summed, metrics = objective.loss(target_logprobs(hidden_KH, head_VH, batch.targets_K), reference_K, batch)
+    loss = summed / normaliser
+    return loss, {"loss": loss.detach()} | {name: value / normaliser for name, value in metrics.items()}
 
 
 def _all(model: Any) -> list[tuple[str, nn.Parameter]]:

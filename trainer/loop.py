@@ -8,24 +8,25 @@ and every loss is divided by the total of the whole step, so neither packing nor
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from trainer.checkpoint import CheckpointStore, TrainState
 from trainer.config import TrainConfig
 from trainer.control import PauseRequest
-from trainer.dataset import TokenDataset
 from trainer.errors import CheckpointError, DivergedError, ModelError
 from trainer.events import EventLog
 from trainer.learner import Learner
 from trainer.objectives import Metrics, PerToken, Sft
-from trainer.pack import collate, micro_batches
+from trainer.pack import PackedBatch
 from trainer.progress import ProgressView
 from trainer.readback import Readback
-from trainer.schedule import DataOrder, learning_rate
+from trainer.schedule import learning_rate
+from trainer.source import Examples, Source
 
 _MAX_SKIPPED_STEPS = 10  # in a row
 
@@ -45,9 +46,8 @@ class Training:
     config: TrainConfig
     learner: Learner
     objective: Sft | PerToken
-    dataset: TokenDataset
-    eval_dataset: TokenDataset | None
-    order: DataOrder
+    source: Source
+    evaluate: Callable[[], dict[str, float]] | None  # metrics of the model as it stands, `loss` among them
     total_steps: int
     checkpoints: CheckpointStore
     events: EventLog
@@ -63,15 +63,41 @@ class Training:
         return round(self.config.warmup_ratio * self.total_steps)
 
 
-def train(run: Training) -> Ending:
-    """Run until done, paused or stopped early; a checkpoint of the last step is on disk then.
+class Row(NamedTuple):
+    """One forward and backward pass that a run asks for."""
 
-    Raises DivergedError, ModelError (out of memory), CheckpointError (only for the last checkpoint).
+    learner: Learner
+    objective: Sft | PerToken
+    batch: PackedBatch
+    normaliser: float
+
+
+Steps = Generator[Row, Metrics, Ending]
+
+
+def train(run: Training) -> Ending:
+    """Run until done, paused or stopped early; a checkpoint of the last step is on disk then. Raises as `steps`."""
+    asking = steps(run)
+    try:
+        row = next(asking)
+        while True:
+            row = asking.send(row.learner.forward_backward(row.batch, row.objective, row.normaliser))
+    except StopIteration as stop:
+        ending: Ending = stop.value
+        return ending
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(run.config, run.source.longest_tokens) from error
+
+
+def steps(run: Training) -> Steps:
+    """The run, as a generator that asks for each row to be worked on: so several runs can share a forward pass.
+
+    Raises DivergedError, TrainError of the source, CheckpointError (only for the last checkpoint).
     """
     readback = Readback(run.learner.base.device)
     if _patience_over(run):
         return Ending.STOPPED_EARLY  # an earlier start got here and could not export
-    if run.eval_dataset and run.state.step == 0:
+    if run.evaluate and run.state.step == 0:
         _evaluate(run)  # the adapter changes nothing yet: this is the base model's score
     run.measured_from = time.perf_counter()
     while run.state.step < run.total_steps:
@@ -80,10 +106,10 @@ def train(run: Training) -> Ending:
             run.checkpoints.save(run.learner, run.state)
             run.events.write("paused", step=run.state.step, reason=reason)
             return Ending.PAUSED
-        _finish_records(run, readback.push(*_step(run)))
+        _finish_records(run, readback.push(*(yield from _step(run))))
         config, step = run.config, run.state.step
         last = step == run.total_steps
-        if run.eval_dataset and (last or (config.eval_every and step % config.eval_every == 0)):
+        if run.evaluate and (last or (config.eval_every and step % config.eval_every == 0)):
             _finish_records(run, readback.drain())
             if _evaluate_and_judge(run):
                 run.checkpoints.save(run.learner, run.state)
@@ -96,44 +122,44 @@ def train(run: Training) -> Ending:
     return Ending.FINISHED
 
 
-def _step(run: Training) -> tuple[dict[str, Any], Metrics]:
+def _step(run: Training) -> Generator[Row, Metrics, tuple[dict[str, Any], Metrics]]:
     """One optimizer step. The record has what the host knows; the metrics are still on the device."""
     config, learner, state = run.config, run.learner, run.state
-    examples = run.order.batch(state.step)
-    normaliser = run.objective.normaliser(run.dataset, examples)
+    work = run.source.step(state.step)
     total: Metrics = {}
     tokens = trained = 0
-    try:
-        for group in micro_batches(run.dataset, examples, config.budget_tokens, packing=config.packing):
-            batch = collate(run.dataset, group, learner.base.device)
-            for name, value in learner.forward_backward(batch, run.objective, normaliser).items():
-                total[name] = total[name] + value if name in total else value
-            tokens += batch.tokens
-            trained += len(batch.rows_K)
-        rate = learning_rate(
-            state.step,
-            run.total_steps,
-            peak=config.learning_rate,
-            schedule=config.schedule,
-            warmup_steps=run.warmup_steps,
-        )
-        total |= learner.optim_step(rate, config.max_grad_norm)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"out of device memory with rows of {config.budget_tokens} tokens: lower --micro-batch-tokens "
-            f"(not below the longest example, {run.dataset.meta.longest_tokens}), or set --gradient-checkpointing"
-        ) from error
+    for batch in work.batches:
+        metrics = yield Row(learner, run.objective, batch, work.normaliser)
+        for name, value in metrics.items():
+            total[name] = total[name] + value if name in total else value
+        tokens += batch.tokens
+        trained += len(batch.rows_K)
+    rate = learning_rate(
+        state.step, run.total_steps, peak=config.learning_rate, schedule=config.schedule, warmup_steps=run.warmup_steps
+    )
+    if not total:  # every answer of the step was as good as its group: nothing to learn
+        total["loss"] = torch.zeros((), device=learner.base.device)
+    total |= learner.optim_step(rate, config.max_grad_norm)
     state.step += 1
     state.tokens += tokens
     state.trained_tokens += trained
     record = {
         "step": state.step,
-        "epoch": round(state.step / run.order.steps_per_epoch, 4),
+        "epoch": round(state.step / run.source.steps_per_epoch, 4),
         "learning_rate": rate,
         "tokens": tokens,
         "trained_tokens": trained,
+        **work.record,
     }
     return record, total
+
+
+def out_of_memory(config: TrainConfig, longest_tokens: int) -> ModelError:
+    """What to do about it, in words."""
+    return ModelError(
+        f"out of device memory with rows of {config.budget_tokens} tokens: lower --micro-batch-tokens "
+        f"(not below the longest example, {longest_tokens}), or set --gradient-checkpointing"
+    )
 
 
 def _finish_records(run: Training, records: list[dict[str, Any]]) -> None:
@@ -157,32 +183,30 @@ def _finish_records(run: Training, records: list[dict[str, Any]]) -> None:
             )
 
 
-def evaluate(
-    learner: Learner, objective: Sft | PerToken, dataset: TokenDataset, config: TrainConfig
-) -> dict[str, float]:
+def evaluate(learner: Learner, objective: Sft | PerToken, source: Examples) -> dict[str, float]:
     """Loss and accuracies over a whole dataset, in rows of the size that training uses."""
+    dataset = source.dataset
     examples = list(range(len(dataset)))
     sums: Metrics = {}
     tokens = sequences = 0
     # Best fit is quadratic in the items: plan a stretch at a time.
     for first in range(0, len(examples), 1024):
         stretch = examples[first : first + 1024]
-        for group in micro_batches(dataset, stretch, config.budget_tokens, packing=config.packing):
-            batch = collate(dataset, group, learner.base.device)
+        for batch in source.batches(stretch):
             for name, value in learner.evaluate(batch, objective).items():
                 sums[name] = sums[name] + value.double() if name in sums else value.double()
             tokens += len(batch.rows_K)
             sequences += batch.sequences
     divisor = {"token_accuracy": float(tokens), "exact_match": float(sequences)}
-    normaliser = objective.normaliser(dataset, examples)
+    normaliser = source.normaliser(examples)
     return {name: float(value) / divisor.get(name, normaliser) for name, value in sums.items()}
 
 
 def _evaluate(run: Training) -> dict[str, float]:
     """Evaluate the model as it stands, and log it."""
-    assert run.eval_dataset is not None
+    assert run.evaluate is not None
     started = time.perf_counter()
-    metrics = evaluate(run.learner, run.objective, run.eval_dataset, run.config)
+    metrics = run.evaluate()
     seconds = round(time.perf_counter() - started, 2)
     run.events.write("eval", step=run.state.step, seconds=seconds, **_json_safe(metrics))
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -3,7 +3,9 @@
 The adapter's weights are float32; they are cast to the activations' type where they are used. The backward pass keeps
 nothing beyond the layer's input (which its neighbours share) and never computes a gradient of W.
 
-Shapes: T tokens, I input size, O output size, R rank.
+Several adapters may share a model; each token of a row passes through one of them, or none.
+
+Shapes: T tokens, t those of one adapter, I input size, O output size, R rank.
 """
 
 from __future__ import annotations
@@ -47,20 +49,65 @@ class LoraSettings:
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer and its adapter."""
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens [first, end) of a row that pass through one adapter."""
+
+    adapter: int
+    first: int
+    end: int
+
+
+class Mix:
+    """Which adapter each token of the next row passes through: one object for all layers of a model.
+
+    One adapter takes every token, or `spans` share the row; without either the model is its base.
+    """
+
+    def __init__(self) -> None:
+        self.adapters = 0
+        self._using: int | tuple[Span, ...] = ()
+
+    def of(self, tokens: int) -> tuple[Span, ...]:
+        """The spans of a row of `tokens`."""
+        return (Span(self._using, 0, tokens),) if isinstance(self._using, int) else self._using
+
+    def use(self, adapter: int) -> None:
+        """From now on, this adapter for every token."""
+        self._using = adapter
+
+    @contextlib.contextmanager
+    def spans(self, *spans: Span) -> Iterator[None]:
+        """Inside, rows are shared by these adapters; none: the base."""
+        before, self._using = self._using, spans
+        try:
+            yield
+        finally:
+            self._using = before
+
+
+class LoraSlot(nn.Module):
+    """One adapter's weights at one layer."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float, generator: torch.Generator) -> None:
         super().__init__()
-        self.base = base
         self.scale = scale
         self.dropout = dropout
-        self.enabled = True
         a_RI = torch.empty(rank, base.in_features, dtype=torch.float32)
         nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
         device = base.weight.device
         self.lora_a = nn.Parameter(a_RI.to(device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and its adapters: slots by adapter number."""
+
+    def __init__(self, base: nn.Linear, mix: Mix) -> None:
+        super().__init__()
+        self.base = base
+        self.mix = mix
+        self.slots: dict[int, LoraSlot] = {}
 
     @property
     def weight(self) -> torch.Tensor:
@@ -69,20 +116,34 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., I] -> [..., O]."""
-        if not self.enabled:
+        x_TI = x.reshape(-1, x.shape[-1])
+        spans = [span for span in self.mix.of(len(x_TI)) if span.adapter in self.slots]
+        if not spans:
             out: torch.Tensor = self.base(x)
             return out
-        if self.dropout and self.training:
-            down = F.linear(F.dropout(x, self.dropout), self.lora_a.to(x.dtype))
-            dropped: torch.Tensor = self.base(x) + F.linear(down, self.lora_b.to(x.dtype)) * self.scale
-            return dropped
-        x_TI = x.reshape(-1, x.shape[-1])
-        y_TO = _LoraProduct.apply(x_TI, self.base.weight, self.base.bias, self.lora_a, self.lora_b, self.scale)
+        slots = [self.slots[span.adapter] for span in spans]
+        if self.training and any(slot.dropout for slot in slots):
+            return self._with_dropout(x_TI, spans, slots).view(*x.shape[:-1], -1)
+        parts = tuple((span.first, span.end, slot.scale) for span, slot in zip(spans, slots, strict=True))
+        weights = [weight for slot in slots for weight in (slot.lora_a, slot.lora_b)]
+        y_TO: torch.Tensor = _LoraProducts.apply(x_TI, self.base.weight, self.base.bias, parts, *weights)
         return y_TO.view(*x.shape[:-1], -1)
 
+    def _with_dropout(self, x_TI: torch.Tensor, spans: list[Span], slots: list[LoraSlot]) -> torch.Tensor:
+        y_TO: torch.Tensor = self.base(x_TI)
+        added = torch.zeros_like(y_TO)
+        for span, slot in zip(spans, slots, strict=True):
+            tokens = slice(span.first, span.end)
+            down = F.linear(F.dropout(x_TI[tokens], slot.dropout), slot.lora_a.to(x_TI.dtype))
+            added[tokens] = F.linear(down, slot.lora_b.to(x_TI.dtype)) * slot.scale
+        return y_TO + added
 
-class _LoraProduct(torch.autograd.Function):
-    """Base and adapter in one node: the low-rank terms are added into the products of W, forward and backward."""
+
+class _LoraProducts(torch.autograd.Function):
+    """Base and adapters in one node: the low-rank terms are added into the products of W, forward and backward.
+
+    `parts` is (first token, end, scale) of each adapter; its A and B follow as two arguments.
+    """
 
     @staticmethod
     def forward(
@@ -90,78 +151,92 @@ class _LoraProduct(torch.autograd.Function):
         x_TI: torch.Tensor,
         w_OI: torch.Tensor,
         bias_O: torch.Tensor | None,
-        a_RI: torch.Tensor,
-        b_OR: torch.Tensor,
-        scale: float,
+        parts: tuple[tuple[int, int, float], ...],
+        *weights: torch.Tensor,
     ) -> torch.Tensor:
         y_TO = F.linear(x_TI, w_OI, bias_O)
-        down_TR = x_TI @ a_RI.to(x_TI.dtype).T
-        y_TO.addmm_(down_TR, b_OR.to(x_TI.dtype).T, alpha=scale)
-        ctx.save_for_backward(x_TI, w_OI, a_RI, b_OR)
-        ctx.scale = scale
+        for (first, end, scale), a_RI, b_OR in zip(parts, weights[0::2], weights[1::2], strict=True):
+            down_tR = x_TI[first:end] @ a_RI.to(x_TI.dtype).T
+            y_TO[first:end].addmm_(down_tR, b_OR.to(x_TI.dtype).T, alpha=scale)
+        ctx.save_for_backward(x_TI, w_OI, *weights)
+        ctx.parts = parts
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TI, w_OI, a_RI, b_OR = ctx.saved_tensors
+        x_TI, w_OI, *weights = ctx.saved_tensors
         dy_TO = grads[0]
-        a, b = a_RI.to(x_TI.dtype), b_OR.to(x_TI.dtype)
-        down_TR = x_TI @ a.T  # cheap enough to compute again
-        ddown_TR = (dy_TO @ b).mul_(ctx.scale)
-        da_RI = (ddown_TR.T @ x_TI).to(a_RI.dtype)
-        db_OR = (dy_TO.T @ down_TR).to(b_OR.dtype).mul_(ctx.scale)
-        dx_TI = torch.addmm(dy_TO @ w_OI, ddown_TR, a) if ctx.needs_input_grad[0] else None
-        return dx_TI, None, None, da_RI, db_OR, None
+        dx_TI = dy_TO @ w_OI if ctx.needs_input_grad[0] else None
+        dweights: list[torch.Tensor | None] = []
+        for (first, end, scale), a_RI, b_OR in zip(ctx.parts, weights[0::2], weights[1::2], strict=True):
+            x_tI, dy_tO = x_TI[first:end], dy_TO[first:end]
+            a, b = a_RI.to(x_TI.dtype), b_OR.to(x_TI.dtype)
+            down_tR = x_tI @ a.T  # cheap enough to compute again
+            ddown_tR = (dy_tO @ b).mul_(scale)
+            dweights.append((ddown_tR.T @ x_tI).to(a_RI.dtype))
+            dweights.append((dy_tO.T @ down_tR).to(b_OR.dtype).mul_(scale))
+            if dx_TI is not None:
+                dx_TI[first:end].addmm_(ddown_tR, a)
+        return dx_TI, None, None, None, *dweights
 
 
 class LoraAdapter:
-    """The adapter of one model: its layers by full name."""
+    """One adapter of a model: its slots by the full names of their layers."""
 
-    def __init__(self, layers: dict[str, LoraLinear], settings: LoraSettings, linear_names: tuple[str, ...]) -> None:
-        self.layers = layers
+    def __init__(
+        self, slots: dict[str, LoraSlot], settings: LoraSettings, linear_names: tuple[str, ...], mix: Mix, number: int
+    ) -> None:
+        self.slots = slots
         self.settings = settings
+        self.mix = mix
+        self.number = number
         self._linear_names = linear_names
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name as in a PEFT file without its prefix, parameter), in a fixed order."""
-        for name, layer in self.layers.items():
-            yield f"{name}.lora_A.weight", layer.lora_a
-            yield f"{name}.lora_B.weight", layer.lora_b
+        for name, slot in self.slots.items():
+            yield f"{name}.lora_A.weight", slot.lora_a
+            yield f"{name}.lora_B.weight", slot.lora_b
 
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside, the model answers as its base."""
-        for layer in self.layers.values():
-            layer.enabled = False
-        try:
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.enabled = True
+    def activate(self) -> None:
+        """From now on the model answers with this adapter, whatever others it carries."""
+        self.mix.use(self.number)
 
     def target_names(self) -> list[str]:
         """The shortest list of names that selects exactly these layers: last parts where they suffice."""
-        leaves = sorted({name.rsplit(".", 1)[-1] for name in self.layers})
+        leaves = sorted({name.rsplit(".", 1)[-1] for name in self.slots})
         selected = {name for name in self._linear_names if name.rsplit(".", 1)[-1] in leaves}
-        return leaves if selected == set(self.layers) else sorted(self.layers)
+        return leaves if selected == set(self.slots) else sorted(self.slots)
 
 
 def inject(model: nn.Module, settings: LoraSettings, generator: torch.Generator) -> LoraAdapter:
-    """Freeze the model and put an adapter on each target, B zero so that nothing changes yet. Raises ModelError."""
-    model.requires_grad_(False)
+    """Freeze the model and put one more adapter on it, B zero so that nothing changes yet; it is active.
+
+    Raises ModelError.
+    """
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    mix = next(iter(adapted.values())).mix if adapted else Mix()
+    if not adapted:
+        model.requires_grad_(False)
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.removesuffix(".base") not in adapted
+    } | {name: module.base for name, module in adapted.items()}
     head = model.get_output_embeddings()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     candidates = {name: module for name, module in linears.items() if module is not head}
-    chosen = _select(candidates, settings.targets)
-    layers = {}
-    for name in sorted(chosen):
-        layer = LoraLinear(
-            candidates[name], settings.rank_of(name), settings.scale_of(name), settings.dropout, generator
-        )
+    slots = {}
+    for name in sorted(_select(candidates, settings.targets)):
+        base = candidates[name]
+        layer = adapted.get(name) or LoraLinear(base, mix)
+        slot = LoraSlot(base, settings.rank_of(name), settings.scale_of(name), settings.dropout, generator)
+        layer.slots[mix.adapters] = slots[name] = slot
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
-        layers[name] = layer
-    return LoraAdapter(layers, settings, tuple(linears))
+    adapter = LoraAdapter(slots, settings, tuple(sorted(linears)), mix, mix.adapters)
+    mix.adapters += 1
+    adapter.activate()
+    return adapter
 
 
 def _select(linears: dict[str, nn.Linear], targets: tuple[str, ...]) -> set[str]:

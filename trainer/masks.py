@@ -27,6 +27,7 @@ class TokenSequence:
 
     token_ids: list[int]
     weights: list[float]
+    good: bool = True  # an answer to move towards, or away from (KTO)
 
     @property
     def trained_tokens(self) -> int:

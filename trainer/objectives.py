@@ -11,29 +11,29 @@ from typing import Protocol
 import torch
 
 from trainer import losses
-from trainer.config import DpoConfig, OrpoConfig, SimpoConfig, TrainConfig
+from trainer.config import DpoConfig, KtoConfig, OrpoConfig, SimpoConfig, TrainConfig
 from trainer.dataset import TokenDataset
 from trainer.pack import PackedBatch
 
 Metrics = dict[str, torch.Tensor]  # sums over the row; divided by the batch's normaliser when reported
 
 
-class Objective(Protocol):
-    """What all methods share."""
+class PerToken(Protocol):
+    """A loss of per-token log-probabilities."""
 
     needs_reference: bool
-
-    def normaliser(self, dataset: TokenDataset, examples: list[int]) -> float:
-        """What the summed loss of a whole optimizer batch is divided by; known on the host, before any forward."""
-
-
-class PerToken(Objective, Protocol):
-    """A loss of per-token log-probabilities."""
 
     def loss(
         self, logprobs_K: torch.Tensor, reference_K: torch.Tensor | None, batch: PackedBatch
     ) -> tuple[torch.Tensor, Metrics]:
         """The summed loss of the row, and sums to report."""
+
+
+class OfExamples(Protocol):
+    """A method whose answers lie in a dataset."""
+
+    def normaliser(self, dataset: TokenDataset, examples: list[int]) -> float:
+        """What the summed loss of a whole optimizer batch is divided by; known on the host, before any forward."""
 
 
 class Sft:
@@ -123,14 +123,78 @@ class Simpo(_Pairs):
         return losses.simpo(mean[0::2], mean[1::2], beta=self._beta, gamma=self._gamma)
 
 
-def objective_for(config: TrainConfig) -> Sft | Dpo | Orpo | Simpo:
-    """The objective of a configuration's method."""
+class Kto:
+    """Single answers, good or bad, against the frozen base. `source.LabelledExamples` sets `kl` for each batch."""
+
+    needs_reference = True
+
+    def __init__(self, beta: float, desirable_weight: float, undesirable_weight: float) -> None:
+        self._beta, self._weights = beta, (desirable_weight, undesirable_weight)
+        self.kl = torch.zeros(())
+
+    def normaliser(self, dataset: TokenDataset, examples: list[int]) -> float:
+        """Answers in the batch."""
+        return float(len(examples))
+
+    def loss(
+        self, logprobs_K: torch.Tensor, reference_K: torch.Tensor | None, batch: PackedBatch
+    ) -> tuple[torch.Tensor, Metrics]:
+        """Sum over the answers of the row."""
+        assert reference_K is not None
+        desirable_S = batch.columns["desirable_S"]
+        loss_S, reward_S = losses.kto(
+            batch.sum_by_sequence(logprobs_K),
+            batch.sum_by_sequence(reference_K),
+            desirable_S,
+            self.kl,
+            beta=self._beta,
+            desirable_weight=self._weights[0],
+            undesirable_weight=self._weights[1],
+        )
+        sign_S = desirable_S.float() * 2 - 1
+        return loss_S.sum(), {"reward_margin": (reward_S * sign_S).sum(), "kl": self.kl * batch.sequences}
+
+
+class Grpo:
+    """Sampled answers with an advantage each; a target's weight is its share in the mean (`rollout.py`)."""
+
+    def __init__(self, beta: float, clip_low: float, clip_high: float) -> None:
+        self.needs_reference = beta > 0
+        self._beta, self._clip = beta, (clip_low, clip_high)
+
+    def loss(
+        self, logprobs_K: torch.Tensor, reference_K: torch.Tensor | None, batch: PackedBatch
+    ) -> tuple[torch.Tensor, Metrics]:
+        """Weighted sum over the tokens of the row."""
+        policy = losses.clipped_policy(
+            logprobs_K,
+            batch.columns["sampled_K"],
+            batch.columns["advantage_K"],
+            clip_low=self._clip[0],
+            clip_high=self._clip[1],
+        )
+        loss_K, weights_K = policy.loss_K, batch.weights_K
+        metrics = {
+            "clipped": (policy.clipped_K * weights_K).sum(),
+            "sampler_gap": ((logprobs_K.detach() - batch.columns["sampled_K"]).abs() * weights_K).sum(),
+        }
+        if reference_K is not None:
+            kl_K = losses.kl_to_reference(logprobs_K, reference_K, batch.columns["sampled_K"])
+            loss_K = loss_K + self._beta * kl_K
+            metrics["kl"] = (kl_K.detach() * weights_K).sum()
+        return (loss_K * weights_K).sum(), metrics
+
+
+def objective_for(config: TrainConfig) -> Sft | Dpo | Orpo | Simpo | Kto:
+    """The objective of a method whose answers lie in a dataset."""
     if isinstance(config, DpoConfig):
         return Dpo(config.beta, config.label_smoothing)
     if isinstance(config, OrpoConfig):
         return Orpo(config.beta)
     if isinstance(config, SimpoConfig):
         return Simpo(config.beta, config.gamma)
+    if isinstance(config, KtoConfig):
+        return Kto(config.beta, config.desirable_weight, config.undesirable_weight)
     return Sft()
 
 

@@ -9,7 +9,7 @@ Shapes: T tokens of a row, K targets (tokens with a weight), S sequences in the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +38,7 @@ class PackedBatch:
     weights_K: torch.Tensor  # float32
     sequence_K: torch.Tensor  # which sequence each target belongs to
     sequences: int  # S
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)  # what a method adds, named by its shape
 
     @property
     def tokens(self) -> int:
@@ -111,6 +112,27 @@ def pack_sequences(pairs: Sequence[tuple[np.ndarray, np.ndarray]], device: torch
         weights_K=on_device["weights"],
         sequence_K=on_device["sequence"],
         sequences=len(pairs),
+    )
+
+
+def join(batches: Sequence[PackedBatch]) -> PackedBatch:
+    """One row of several, in order. The targets of each stay together; what a method added is left out."""
+    starts = [0]
+    for batch in batches:
+        starts.append(starts[-1] + batch.tokens)
+    lengths = tuple(length for batch in batches for length in batch.segments.lengths)
+    offsets = [batch.segments.offsets_S1[:-1] + start for batch, start in zip(batches, starts, strict=False)]
+    offsets.append(torch.full_like(offsets[0][:1], starts[-1]))
+    sequences = [sum(batch.sequences for batch in batches[:i]) for i in range(len(batches))]
+    return PackedBatch(
+        token_ids_1T=torch.cat([batch.token_ids_1T for batch in batches], 1),
+        positions_1T=torch.cat([batch.positions_1T for batch in batches], 1),
+        segments=Segments(torch.cat(offsets), lengths, max(lengths)),
+        rows_K=torch.cat([batch.rows_K + start for batch, start in zip(batches, starts, strict=False)]),
+        targets_K=torch.cat([batch.targets_K for batch in batches]),
+        weights_K=torch.cat([batch.weights_K for batch in batches]),
+        sequence_K=torch.cat([batch.sequence_K + first for batch, first in zip(batches, sequences, strict=True)]),
+        sequences=sum(batch.sequences for batch in batches),
     )
 
 

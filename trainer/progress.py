@@ -15,14 +15,16 @@ _LINE_EVERY_S = 10.0
 class ProgressView:
     """Shows steps as they complete; a context manager."""
 
-    def __init__(self, total_steps: int, done_steps: int) -> None:
+    def __init__(self, total_steps: int, done_steps: int, name: str = "") -> None:
+        """name: of one run among several, which share the terminal line by line."""
+        self._prefix = f"{name}: " if name else ""
         self._total = total_steps
         self._shown_steps = 0
         self._shown_s = 0.0  # spent in them
         self._last_line = 0.0
         console = Console(stderr=True)
         self._bar: Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal and not name:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task("", total=total_steps, completed=done_steps)
@@ -46,14 +48,14 @@ class ProgressView:
         elif time.monotonic() - self._last_line >= _LINE_EVERY_S or record["step"] == self._total:
             self._last_line = time.monotonic()
             left_s = self._shown_s / self._shown_steps * (self._total - record["step"])
-            click.echo(f"step {record['step']}/{self._total}  {text}  {_duration(left_s)} left", err=True)
+            click.echo(f"{self._prefix}step {record['step']}/{self._total}  {text}  {_duration(left_s)} left", err=True)
 
     def note(self, text: str) -> None:
         """A line of its own."""
         if self._bar:
             self._bar.console.print(text, highlight=False)
         else:
-            click.echo(text, err=True)
+            click.echo(f"{self._prefix}{text}", err=True)
 
 
 def _duration(seconds: float) -> str:

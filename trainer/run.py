@@ -12,41 +12,22 @@ RUN/config.yaml       the resolved configuration
 from __future__ import annotations
 
 import fcntl
-import json
-import math
-import platform
 import shutil
-import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
 
-import click
 import torch
 
 from trainer import config as configs
-from trainer.checkpoint import CheckpointStore, TrainState, read_weights
+from trainer.assemble import CONFIG, EVENTS, RECORD, assembled, result_directory
 from trainer.config import TrainConfig
 from trainer.control import PauseRequest
-from trainer.dataset import TokenDataset, Tokenise, prepare
-from trainer.errors import DataError, RunError, TrainError
-from trainer.events import EventLog, curve, read_events
-from trainer.examples import tokeniser
-from trainer.export import describe_base, export, now
-from trainer.golden import golden_answers
-from trainer.learner import Learner
-from trainer.loop import Ending, Training, train
-from trainer.lora import LoraSettings, inject
-from trainer.model import BaseModel, load_base
-from trainer.objectives import objective_for
-from trainer.progress import ProgressView
-from trainer.schedule import DataOrder
-
-CONFIG, RECORD, EVENTS = "config.yaml", "run.json", "events.jsonl"
+from trainer.errors import RunError, TrainError
+from trainer.events import EventLog
+from trainer.joint import Outcome, train_together
+from trainer.loop import Ending, train
+from trainer.model import load_base
 
 
 def start(config: TrainConfig) -> Ending:
@@ -59,9 +40,7 @@ def start(config: TrainConfig) -> Ending:
         )
     directory.mkdir(parents=True, exist_ok=True)
     with _lock(directory):
-        for leftover in ("data", "eval"):
-            shutil.rmtree(directory / leftover, ignore_errors=True)
-        (directory / CONFIG).write_text(configs.dump(config))
+        _begin(config)
         return _run(config)
 
 
@@ -74,16 +53,60 @@ def resume(directory: Path) -> Ending:
         # The run was moved as a whole.
         config = config.model_copy(update={"output_dir": directory.absolute()})
     with _lock(directory):
-        if _result_directory(config).exists():
-            raise RunError(f"{directory} is finished; its result is {_result_directory(config)}")
+        if result_directory(config).exists():
+            raise RunError(f"{directory} is finished; its result is {result_directory(config)}")
         return _run(config)
+
+
+def start_together(runs: Sequence[TrainConfig]) -> list[Outcome]:
+    """Several runs on one base model, each in its directory: new ones begin, others go on, finished ones stay.
+
+    How each ended; a run that fails leaves the others alone. Raises TrainError when one cannot begin.
+    """
+    with ExitStack() as stack:
+        for config in runs:
+            config.output_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_lock(config.output_dir))
+            _begin_or_check(config)
+        open_runs = [config for config in runs if not result_directory(config).exists()]
+        if not open_runs:
+            return [Ending.FINISHED] * len(runs)
+        torch.manual_seed(open_runs[0].seed)
+        base = load_base(open_runs[0])
+        pause = PauseRequest(runs[0].output_dir.parent)
+        pause.clear()
+        stack.enter_context(pause.listening())
+        parts = []
+        for config in open_runs:
+            own = PauseRequest(config.output_dir, pause)
+            own.clear()
+            events = stack.enter_context(closing(EventLog(config.output_dir / EVENTS)))
+            parts.append(stack.enter_context(assembled(config, base, events, own, config.output_dir.name)))
+        ended = train_together([part.training for part in parts], max(config.budget_tokens for config in open_runs))
+        for i, (part, outcome) in enumerate(zip(parts, ended, strict=True)):
+            try:
+                if isinstance(outcome, TrainError):
+                    raise outcome
+                part.finish(outcome)
+            except TrainError as error:
+                part.training.events.write("failed", message=str(error))
+                ended[i] = error
+        by_directory = dict(zip([config.output_dir for config in open_runs], ended, strict=True))
+        return [by_directory.get(config.output_dir, Ending.FINISHED) for config in runs]
 
 
 def _run(config: TrainConfig) -> Ending:
     directory = config.output_dir
     with closing(EventLog(directory / EVENTS)) as events:
         try:
-            return _train_and_export(config, events)
+            torch.manual_seed(config.seed)
+            base = load_base(config)
+            pause = PauseRequest(directory)
+            pause.clear()
+            with pause.listening(), assembled(config, base, events, pause) as run:
+                ending = train(run.training)
+                run.finish(ending)
+                return ending
         except TrainError as error:
             events.write("failed", message=str(error))
             raise
@@ -94,163 +117,20 @@ def _run(config: TrainConfig) -> Ending:
             ) from error
 
 
-def _train_and_export(config: TrainConfig, events: EventLog) -> Ending:
+def _begin(config: TrainConfig) -> None:
+    """A directory in which nothing was trained yet."""
+    for leftover in ("data", "eval"):
+        shutil.rmtree(config.output_dir / leftover, ignore_errors=True)
+    (config.output_dir / CONFIG).write_text(configs.dump(config))
+
+
+def _begin_or_check(config: TrainConfig) -> None:
+    """A new run, or the same one again. Raises RunError where another run lies."""
     directory = config.output_dir
-    torch.manual_seed(config.seed)
-    base = load_base(config)
-    tokenise = tokeniser(config, base)
-    datasets = {
-        name: _dataset(config, tokenise, files, directory / name, events)
-        for name, files in (("data", config.dataset), ("eval", config.eval_dataset))
-        if files
-    }
-    dataset = datasets["data"]
-    learner = _learner(config, base)
-    order = DataOrder(len(dataset), config.batch_size, seed=config.seed, shuffle=config.shuffle)
-    total_steps = config.max_steps or math.ceil(config.epochs * order.steps_per_epoch)
-    checkpoints = CheckpointStore(directory / "checkpoints", config.keep_checkpoints)
-    state = TrainState()
-    if steps := checkpoints.steps():
-        state = checkpoints.restore(learner, steps[-1])
-    record = _record(config, datasets, learner, total_steps)
     if not (directory / RECORD).exists():
-        (directory / RECORD).write_text(json.dumps(record, indent=2))
-    events.write("resumed" if state.step else "started", step=state.step, total_steps=total_steps)
-    pause = PauseRequest(directory)
-    pause.clear()
-    with ThreadPoolExecutor(1) as background, ProgressView(total_steps, state.step) as view, pause.listening():
-        # Reading all weights again takes a while for a large model; it is needed at the end only.
-        base_facts = background.submit(describe_base, base.path, base.tokenizer)
-        run = Training(
-            config=config,
-            learner=learner,
-            objective=objective_for(config),
-            dataset=dataset,
-            eval_dataset=datasets.get("eval"),
-            order=order,
-            total_steps=total_steps,
-            checkpoints=checkpoints,
-            events=events,
-            view=view,
-            pause=pause,
-            state=state,
-        )
-        ending = train(run)
-        if ending is not Ending.PAUSED:
-            _export(run, record, base_facts)
-            events.write("finished", step=run.state.step, ending=ending.value, result=_result_directory(config).name)
-    return ending
-
-
-def _export(run: Training, record: dict[str, Any], base_facts: Future[dict[str, Any]]) -> None:
-    """Write the result: of the best evaluated step where there is an eval set, else of the last."""
-    state, config = run.state, run.config
-    step = state.best_step if state.best_step is not None and state.best_step in run.checkpoints.steps() else state.step
-    if step != state.step:
-        read_weights(run.learner, run.checkpoints.path(step))
-    losses = curve(config.output_dir / EVENTS)
-    manifest = {
-        "kind": "adapter" if run.learner.adapter else "checkpoint",
-        "created": now(),
-        "method": config.method,
-        "base": base_facts.result(),
-        "data": record["data"],
-        "config": config.model_dump(mode="json"),
-        "software": record["software"],
-        "metrics": {
-            "step": step,  # of these weights
-            "last_step": state.step,
-            "train_loss": losses.get(step),
-            "eval": _eval_at(config.output_dir / EVENTS, step),
-            "base_eval": _eval_at(config.output_dir / EVENTS, 0),
-            "tokens": state.tokens,
-            "trained_tokens": state.trained_tokens,
-            "seconds": round(state.seconds, 1),
-        },
-        "golden": golden_answers(run.learner, run.eval_dataset or run.dataset, config.golden_prompts),
-    }
-    try:
-        export(run.learner, _result_directory(config), manifest)
-    except OSError as error:
-        raise RunError(
-            f"the result cannot be written: {error}. Nothing is lost: free some space, then "
-            f"`gateway train resume {config.output_dir}`"
-        ) from error
-
-
-def _eval_at(events: Path, step: int) -> dict[str, float]:
-    """The metrics of the evaluation after `step`."""
-    found = [event for event in read_events(events) if event["type"] == "eval" and event["step"] == step]
-    about = ("time", "type", "step", "seconds")
-    return {key: value for key, value in found[-1].items() if key not in about} if found else {}
-
-
-def _learner(config: TrainConfig, base: BaseModel) -> Learner:
-    adapter = None
-    if config.tuning == "lora":
-        settings = LoraSettings(
-            rank=config.lora_rank,
-            alpha=config.alpha,
-            dropout=config.lora_dropout,
-            rank_stabilised=config.lora_rs,
-            targets=config.lora_target,
-            rank_pattern=config.lora_rank_pattern,
-            alpha_pattern=config.lora_alpha_pattern,
-        )
-        adapter = inject(base.model, settings, torch.Generator().manual_seed(config.seed))
-    return Learner(base, adapter, weight_decay=config.weight_decay)
-
-
-def _dataset(
-    config: TrainConfig, tokenise: Tokenise, files: tuple[Path, ...], directory: Path, events: EventLog
-) -> TokenDataset:
-    """The tokenised files: what an earlier start of this run left, or made now and compared with its record."""
-    if (directory / "meta.json").is_file():
-        return TokenDataset(directory)
-    dataset = prepare(files, tokenise, directory, max_length=config.max_length, overlong=config.overlong)
-    record_file = config.output_dir / RECORD
-    if record_file.is_file():
-        before = json.loads(record_file.read_text())["data"][directory.name]["sha256"]
-        if before != dataset.meta.sha256:
-            shutil.rmtree(directory)
-            raise DataError(f"{', '.join(map(str, files))} changed since the run began; start a new run with it")
-    meta = dataset.meta
-    if meta.dropped or meta.truncated:
-        message = f"{meta.dropped} examples dropped, {meta.truncated} truncated: over {config.max_length} tokens"
-        events.write("warning", message=f"{directory.name}: {message}")
-        click.echo(f"{directory.name}: {message}", err=True)
-    return dataset
-
-
-def _record(
-    config: TrainConfig, datasets: dict[str, TokenDataset], learner: Learner, total_steps: int
-) -> dict[str, Any]:
-    """What, beside the configuration, is needed to repeat the run."""
-    return {
-        "started": now(),
-        "command": sys.argv,
-        "software": {name: _version(name) for name in ("tunegate", "torch", "transformers", "tokenizers", "numpy")}
-        | {"python": platform.python_version()},
-        "device": str(learner.base.device),
-        "threads": torch.get_num_threads(),
-        "dtype": str(learner.base.dtype).removeprefix("torch."),
-        "model": str(learner.base.path),
-        "data": {name: asdict(dataset.meta) for name, dataset in datasets.items()},
-        "total_steps": total_steps,
-        "trained_parameters": sum(p.numel() for p in learner.parameters.values()),
-        "config": config.model_dump(mode="json"),
-    }
-
-
-def _result_directory(config: TrainConfig) -> Path:
-    return config.output_dir / ("adapter" if config.tuning == "lora" else "model")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
+        _begin(config)
+    elif configs.reload(directory / CONFIG) != config:
+        raise RunError(f"{directory} holds a run with another configuration; give another output_dir")
 
 
 @contextmanager

@@ -102,3 +102,15 @@ def preference_rows(count: int) -> list[dict[str, Any]]:
         {"prompt": f"code of {i}?", "chosen": f"The answer is {i}.", "rejected": f"{'no ' * (i % 3 + 1)}{i % 5}"}
         for i in range(count)
     ]
+
+
+def labelled_rows(count: int) -> list[dict[str, Any]]:
+    """Short answers, good and bad ones in turn, of different lengths."""
+    return [
+        {
+            "prompt": f"code of {i}?",
+            "completion": f"The answer is {i}." if i % 2 else f"{'no ' * (i % 3 + 1)}{i % 5}",
+            "label": bool(i % 2),
+        }
+        for i in range(count)
+    ]

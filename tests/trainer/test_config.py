@@ -13,6 +13,8 @@ from trainer.errors import ConfigError
 
 NEEDED = {"model": "m", "dataset": ["d.jsonl"], "output_dir": "out"}
 
+OWN = {"grpo": {"reward": ["format", "rewards.py:mine"], "reward_weight": [1, 2]}}
+
 
 def write(tmp_path: Path, text: str) -> Path:
     file = tmp_path / "train.yaml"
@@ -46,7 +48,7 @@ def test_the_file_of_another_method_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", list(config.CONFIGS))
 def test_a_dumped_configuration_reads_back_equal(tmp_path: Path, method: str) -> None:
-    resolved = config.load(method, None, NEEDED | {"lora_rank_pattern": {"q_proj": 4}, "seed": 3})
+    resolved = config.load(method, None, NEEDED | {"lora_rank_pattern": {"q_proj": 4}, "seed": 3} | OWN.get(method, {}))
     assert config.reload(write(tmp_path, config.dump(resolved))) == resolved
 
 
@@ -100,3 +102,13 @@ def test_the_example_is_a_configuration_and_its_data_is_always_the_same(tmp_path
     assert not set(rows["train"]) & set(rows["eval"])
     digest = hashlib.sha256("\n".join(rows["train"]).encode()).hexdigest()
     assert digest.startswith("c45f2fa1d5db")
+
+
+def test_grpo_says_what_does_not_fit() -> None:
+    with pytest.raises(ConfigError, match="a number for each of 2 rewards, 1 given"):
+        config.load("grpo", None, NEEDED | OWN["grpo"] | {"reward_weight": [1]})
+    with pytest.raises(ConfigError, match=r"`max_completion_tokens` \(256\) leaves no room"):
+        config.load("grpo", None, NEEDED | OWN["grpo"] | {"max_length": 256})
+    resolved = config.load("grpo", None, NEEDED | OWN["grpo"])
+    assert isinstance(resolved, config.GrpoConfig)
+    assert resolved.reward[0] == "format" and Path(resolved.reward[1].partition(":")[0]).is_absolute()

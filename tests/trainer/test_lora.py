@@ -88,8 +88,7 @@ def test_disabled_the_model_is_its_base(checkpoint: Path) -> None:
     assert learner.adapter is not None
     batch = pack_sequences(random_sequences((20,)), CPU)
     with_adapter = learner.score(batch)
-    with learner.adapter.disabled():
-        base = learner.score(batch)
+    base = learner.reference(batch)
     for _, parameter in learner.adapter.parameters():
         torch.nn.init.zeros_(parameter)
     assert torch.equal(base, learner.score(batch))
