@@ -80,7 +80,7 @@ def observing(config: RunConfig, console: Console, total_s: float) -> Iterator[O
 
 def shown(result: Result, config: RunConfig, console: Console) -> None:
     """Print the tables and write the files."""
-    print_run(console, result.summary, result.verdict, result.record.marks)
+    print_run(console, result.summary, result.verdict, result.paired)
     folder = save(result, config.out, config.name)
     console.print(f"record, JSON and HTML: {folder}", style="dim", highlight=False)
 
@@ -112,7 +112,7 @@ def replay(record_file: Path, out: Path | None) -> None:
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     console = _console()
-    print_run(console, result.summary, result.verdict, result.record.marks)
+    print_run(console, result.summary, result.verdict, result.paired)
     if out is not None:
         console.print(f"JSON and HTML: {save(result, out.parent, out.name, with_record=False)}", highlight=False)
     click.get_current_context().exit(result.verdict.exit_code)
@@ -213,10 +213,10 @@ def _numbers(text: str | None) -> list[float]:
 
 
 @bench.command()
-@click.option("--streams", default=64, show_default=True, help="Streams at a time.")
+@click.option("--streams", default=256, show_default=True, help="Streams at a time.")
 @click.option("--speed", default=50.0, show_default=True, help="Tokens per second of each stream.")
 @click.option("--tokens", default=200, show_default=True, help="Tokens of each answer.")
-@click.option("--requests", default=320, show_default=True, help="Answers to read.")
+@click.option("--requests", default=1024, show_default=True, help="Answers to read.")
 @click.option(
     "--versus",
     multiple=True,

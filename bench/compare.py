@@ -10,7 +10,7 @@ from rich.table import Table
 
 from bench.measure.compare import Change, Comparison, Gate, compare_targets, differing_inputs, refuse_unlike
 from bench.measure.record import read_record
-from bench.measure.summary import summarize
+from bench.measure.summary import readings_by_segment, summarize
 from bench.report.table import with_error
 
 
@@ -18,7 +18,9 @@ def compare_files(before_file: Path, after_file: Path) -> Comparison:
     """Compare two records, the first target of each. Raises ValueError when they cannot be."""
     before, after = read_record(before_file), read_record(after_file)
     refuse_unlike(before, after)
-    first, second = (next(iter(summarize(record).targets.values())) for record in (before, after))
+    first, second = (
+        next(iter(summarize(record, readings_by_segment(record)).targets.values())) for record in (before, after)
+    )
     return Comparison(compare_targets(first, second), differing_inputs(before, after))
 
 

@@ -69,7 +69,8 @@ def run_options(command: Command) -> Command:
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:
     """Only the flags that were really on the command line."""
-    return {name: value for name, value in flags.items() if value not in (None, (), False)}
+    # compared one by one: a flag of 0 was given, and 0 == False
+    return {name: value for name, value in flags.items() if value is not None and value is not False and value != ()}
 
 
 def _click_type(kind: Any) -> tuple[Any, bool]:

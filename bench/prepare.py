@@ -12,6 +12,7 @@ import msgspec
 
 from bench import __version__
 from bench.config import RunConfig, extra_body, targets_of
+from bench.load.gpus import Gpus
 from bench.load.loop import Target
 from bench.load.watch import MetricsPage
 from bench.wire.connection import KERNEL_STAMPS
@@ -128,4 +129,5 @@ def environment(workers: int) -> dict[str, Any]:
         "workers": workers,
         "stamps": "kernel" if KERNEL_STAMPS else "client",
         "git": revision,
+        "gpus": Gpus().names(),
     }

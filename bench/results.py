@@ -10,7 +10,7 @@ import msgspec
 
 from bench.measure.paired import PairedDifference, paired_differences
 from bench.measure.record import Record, write_record
-from bench.measure.summary import Summary, summarize
+from bench.measure.summary import Readings, Summary, readings_by_segment, summarize
 from bench.measure.verdict import Verdict, judge_run
 from bench.report.html import render
 from bench.selftest.ceiling import known_ceiling
@@ -22,6 +22,7 @@ class Result(msgspec.Struct):
     """Everything that can be said of a run."""
 
     record: Record
+    grouped: Readings
     summary: Summary
     verdict: Verdict
     paired: list[PairedDifference]
@@ -29,9 +30,10 @@ class Result(msgspec.Struct):
 
 def analyse(record: Record) -> Result:
     """Compute everything from a record."""
-    summary = summarize(record)
-    verdict = judge_run(record, summary, known_ceiling())
-    return Result(record, summary, verdict, paired_differences(record))
+    grouped = readings_by_segment(record)
+    summary = summarize(record, grouped)
+    verdict = judge_run(record, grouped, summary, known_ceiling())
+    return Result(record, grouped, summary, verdict, paired_differences(record, grouped))
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -67,5 +69,7 @@ def save(result: Result, out: Path, name: str, with_record: bool = True) -> Path
     if with_record:
         write_record(folder / RECORD_FILE, result.record)
     (folder / JSON_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(as_json(result)), indent=1))
-    (folder / HTML_FILE).write_text(render(result.record, result.summary, result.verdict, result.paired))
+    (folder / HTML_FILE).write_text(
+        render(result.record, result.grouped, result.summary, result.verdict, result.paired)
+    )
     return folder

@@ -124,10 +124,11 @@ class Session:
     def record(self) -> Record:
         """Everything so far as one record."""
         config, prepared = self.config, self.prepared
+        origin_realtime_ns = time.time_ns() - time.monotonic_ns() + self._origin_ns
         header = Header(
             version=RECORD_VERSION,
-            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            origin_realtime_ns=time.time_ns() - time.monotonic_ns() + self._origin_ns,
+            started_at=datetime.fromtimestamp(origin_realtime_ns / 1e9, UTC).isoformat(timespec="seconds"),
+            origin_realtime_ns=origin_realtime_ns,
             config=resolved(config),
             workload_hash=workload_hash(config),
             environment=environment(config.workers or default_workers())

@@ -7,7 +7,7 @@ from bench.measure.record import GENERATED, RequestRecord
 from bench.wire.connection import Exchange
 from bench.wire.sse import Stream, decode_stream
 
-KEPT_HEADERS = ("server", "x-request-id", "x-tunegate-adapter-load-ms", "retry-after")
+KEPT_HEADERS = ("server", "x-request-id", "x-tunegate-model", "retry-after")
 _ERROR_CHARS = 500
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -90,6 +91,11 @@ class Fleet:
         """Ask the workers to send nothing more."""
         for process in self._processes:
             process.terminate()
+
+    def cut(self) -> None:
+        """Ask the workers to send nothing more in this segment; the next goes on as ever."""
+        for process in self._processes:
+            process.send_signal(signal.SIGUSR1)
 
     def requests(self) -> list[RequestRecord]:
         """Every request so far, in the order of sending."""

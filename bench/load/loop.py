@@ -6,6 +6,7 @@ import select
 import ssl
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,8 +18,13 @@ from bench.wire.connection import KERNEL_STAMPS, Connection, Exchange
 from bench.wire.http import Endpoint, render_post
 
 HOUSEKEEPING_NS = 250_000_000
-# Reading in rounds of at least this length costs fewer wake-ups and, arrival times being the kernel's, no accuracy.
-ROUND_S = 0.001
+# Reading in rounds costs fewer wake-ups and, arrival times being the kernel's, no accuracy, unless two events of one
+# stream come within a round: both then have the later one's time. So a round lasts an eighth of the time between such
+# events, as answers that have ended had it, within these bounds.
+ROUND_NS, LONGEST_ROUND_NS = 1_000_000, 4_000_000
+_ROUNDS_PER_GAP = 8
+_ROUND_RISE_NS = 100_000  # an answer: a fast stream shortens rounds at once, slow ones lengthen them bit by bit
+BACKLOG_PIECES = 500_000  # more reads than this are not kept for later: they would be memory by the gigabyte
 UNFINISHED = "unfinished when the run ended"
 _FINE_NS = 2_000_000  # poll() counts in whole milliseconds; nearer than this, wait with select()
 
@@ -78,6 +84,10 @@ class Loop:
         self._poller: Any = select.epoll() if sys.platform == "linux" else select.poll()
         self._source: Source | None = None
         self._stopped = False
+        self._backlog: deque[tuple[Job, Exchange]] = deque()
+        self._backlog_pieces = 0
+        self._round_from_ns = 0
+        self.round_ns = ROUND_NS
 
     def run(self, source: Source, deadline_ns: int) -> None:
         """Send and read until the source is empty and all is answered, or until the deadline, when what is left is
@@ -92,11 +102,13 @@ class Loop:
                 self._send(source.take(), time.monotonic_ns())
                 due_ns = source.peek()
             if due_ns is None and not self.stats.in_flight:
-                return
+                break
             if now_ns >= housekeeping_ns:
                 housekeeping_ns = now_ns + HOUSEKEEPING_NS
                 self._housekeep(now_ns, deadline_ns)
             self._read_round(due_ns, source)
+        while self._backlog:
+            self._settle_one()
 
     def close(self) -> None:
         """Close every connection."""
@@ -112,16 +124,31 @@ class Loop:
         limit_ns = HOUSEKEEPING_NS if due_ns is None or capped else min(HOUSEKEEPING_NS, due_ns - waited_from_ns)
         if limit_ns > _FINE_NS:
             source.prepare()
-            if KERNEL_STAMPS:
-                time.sleep(ROUND_S)
+            self._use_spare_time(waited_from_ns + limit_ns - _FINE_NS)
+            limit_ns -= time.monotonic_ns() - waited_from_ns
+        elif self._backlog_pieces > BACKLOG_PIECES:
+            self._settle_one()
         ready = self._wait(limit_ns)
-        now_ns = time.monotonic_ns()
+        now_ns = self._round_from_ns = time.monotonic_ns()
         if capped and due_ns is not None and due_ns <= now_ns:
             self.stats.capped_ns += now_ns - max(waited_from_ns, due_ns)
         offset_ns = time.time_ns() - now_ns
+        held_by_fd = self._held
         for fd, mask in ready:
-            self._advance(fd, mask, now_ns, offset_ns)
+            held = held_by_fd[fd]
+            if held.connection.advance(mask, now_ns, offset_ns):
+                self._changed(fd, held, now_ns)
         self.stats.round_ns_max = max(self.stats.round_ns_max, time.monotonic_ns() - now_ns)
+
+    def _use_spare_time(self, until_ns: int) -> None:
+        """Take finished answers apart, or sleep, until this round has had its length, but not for longer."""
+        end_ns = min(self._round_from_ns + self.round_ns, until_ns)
+        spare_ns = end_ns - time.monotonic_ns()
+        while self._backlog and (spare_ns > 0 or self._backlog_pieces > BACKLOG_PIECES):
+            self._settle_one()
+            spare_ns = end_ns - time.monotonic_ns()
+        if KERNEL_STAMPS and spare_ns > 0:
+            time.sleep(spare_ns / 1e9)
 
     def _wait(self, limit_ns: int) -> list[tuple[int, int]]:
         if sys.platform != "linux":
@@ -153,18 +180,15 @@ class Loop:
         held.connection.begin(render_post(target.endpoint, target.path, job.body, target.headers), now_ns)
         self._poller.modify(held.connection.fileno(), held.connection.interest)
 
-    def _advance(self, fd: int, mask: int, now_ns: int, offset_ns: int) -> None:
-        held = self._held[fd]
+    def _changed(self, fd: int, held: _Held, now_ns: int) -> None:
         connection = held.connection
-        writing = connection.writing
-        connection.advance(mask, now_ns, offset_ns)
         exchange = connection.exchange
         if exchange is not None and exchange.end_ns is not None:
             self._finish(fd, held, exchange, now_ns)
         elif connection.closed:
             self._idle[held.target.name].remove(held)
             self._forget(fd)
-        elif connection.writing is not writing:
+        else:
             self._poller.modify(fd, connection.interest)
 
     def _finish(self, fd: int, held: _Held, exchange: Exchange, now_ns: int) -> None:
@@ -183,8 +207,25 @@ class Loop:
             return
         self.stats.in_flight -= 1
         self.stats.done += 1
-        text = self._on_done(job, exchange)
-        self._source.finished(job, text, now_ns)
+        self._keep_pace(exchange.pieces)
+        if job.follow_up is not None:
+            self._source.finished(job, self._on_done(job, exchange), now_ns)
+            return
+        # nobody waits for this answer's text: it is taken apart when there is time
+        self._backlog.append((job, exchange))
+        self._backlog_pieces += len(exchange.pieces)
+        self._source.finished(job, None, now_ns)
+
+    def _settle_one(self) -> None:
+        job, exchange = self._backlog.popleft()
+        self._backlog_pieces -= len(exchange.pieces)
+        self._on_done(job, exchange)
+
+    def _keep_pace(self, pieces: list[tuple[int, bytes]]) -> None:
+        if len(pieces) > 1:
+            gap_ns = (pieces[-1][0] - pieces[0][0]) // (len(pieces) - 1)
+            wanted_ns = min(LONGEST_ROUND_NS, max(ROUND_NS, gap_ns // _ROUNDS_PER_GAP))
+            self.round_ns = min(wanted_ns, self.round_ns + _ROUND_RISE_NS)
 
     def _housekeep(self, now_ns: int, deadline_ns: int) -> None:
         for fd, held in list(self._held.items()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from bench.load.gpus import Gpus
 from bench.measure.record import Mark, Sample
 from bench.measure.server import parse_metrics
 from bench.wire.http import Endpoint
@@ -96,25 +96,10 @@ class Watch:
             self._stop.wait(INTERVAL_S)
 
     def _poll_gpus(self) -> None:
-        try:
-            nvml = importlib.import_module("pynvml")
-        except ImportError:
-            return
-        try:
-            nvml.nvmlInit()
-        except nvml.NVMLError:  # the package is there, the driver is not
-            return
-        handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
-        while not self._stop.wait(INTERVAL_S):
-            for number, handle in enumerate(handles):
-                memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-                values = {
-                    "power_w": nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-                    "memory_bytes": float(memory.used),
-                    "utilization": nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-                }
-                self.samples.append(Sample(f"gpu:{number}", self._now_ns(), values))
-        nvml.nvmlShutdown()
+        gpus = Gpus()
+        while gpus.names() and not self._stop.wait(INTERVAL_S):
+            t_ns = self._now_ns()
+            self.samples += [Sample(f"gpu:{number}", t_ns, row) for number, row in enumerate(gpus.read())]
 
     def _change(self, steps: list[ChurnStep], endpoint: Endpoint, headers: dict[str, str], start_ns: int) -> None:
         for step in steps:

@@ -98,15 +98,20 @@ class Worker:
         self._record = Path(setup.record_path).open("ab", buffering=1 << 20)  # noqa: SIM115  # open as long as we live
         self._tick = Tick(setup.worker, 0)
         self._parent = os.getppid()
-        self._stopping = False
+        self._stopping = self._cut = False
         self._loop = Loop(setup.targets, self._done, setup.timeout_s, self._share(setup.max_in_flight), self._on_tick)
 
     def stop(self) -> None:
         """Send nothing more; what is in flight may still end."""
         self._stopping = True
 
+    def cut(self) -> None:
+        """Send nothing more in this segment."""
+        self._cut = True
+
     def run(self, order: Order) -> None:
         """Run one segment to its end."""
+        self._cut = False
         self._tick = Tick(self._setup.worker, 0)
         self._loop.stats.capped_ns = 0
         deadline_ns = order.start_ns + order.segment.duration_ns + int(order.drain_s * 1e9)
@@ -158,8 +163,9 @@ class Worker:
         models, cumulative = self._setup.models[target], self._cumulative[target]
 
         def make(index: int) -> Job:
-            model = models[pick(cumulative, order.content.seed, index)] if len(models) > 1 else models[0]
-            return self._job(order, index, model, self._workload.prompt(index, order.content), 0)
+            prompt = self._workload.prompt(index, order.content)
+            mixed = models[pick(cumulative, order.content.seed, index)] if len(models) > 1 else models[0]
+            return self._job(order, index, prompt.model or mixed, prompt, 0)
 
         return make
 
@@ -219,7 +225,7 @@ class Worker:
         if os.getppid() != self._parent:
             sys.exit(1)  # nobody will read the result
         self._report(now_ns)
-        return not self._stopping
+        return not (self._stopping or self._cut)
 
     def _report(self, now_ns: int) -> None:
         stats, tick = self._loop.stats, self._tick
@@ -251,6 +257,7 @@ def main() -> None:
     raise_open_files()
     worker = Worker(msgspec.json.decode(sys.stdin.buffer.readline(), type=Setup))
     signal.signal(signal.SIGTERM, lambda number, frame: worker.stop())
+    signal.signal(signal.SIGUSR1, lambda number, frame: worker.cut())
     # a collection would be a pause in the middle of a measurement, and nothing here makes cycles
     gc.collect()
     gc.freeze()

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
-from bench.measure.define import Floats, count_tokens
-from bench.measure.record import CHOICES, CONTENT, DONE, ERROR, GENERATED, REASONING, RequestRecord
+from bench.measure.define import PER_CHUNK, Floats, Reading
+from bench.measure.record import CHOICES, CONTENT, DONE, ERROR, GENERATED, REASONING
 
 
 class Compat(msgspec.Struct):
@@ -30,15 +30,14 @@ class Compat(msgspec.Struct):
 TEXT = CONTENT | REASONING
 
 
-def _times(record: RequestRecord, mask: int) -> Floats:
-    flags = np.asarray(record.events.flags, dtype=np.int64)
-    chosen = ((flags & mask) != 0) & ((flags & ERROR) == 0)
-    times_ms: Floats = (np.asarray(record.events.t_ns, dtype=np.int64)[chosen] - record.sent_ns) / 1e6
+def _times(reading: Reading, mask: int) -> Floats:
+    chosen = ((reading.flags & mask) != 0) & ((reading.flags & ERROR) == 0)
+    times_ms: Floats = (reading.t_ns[chosen] - reading.request.sent_ns) / 1e6
     return times_ms
 
 
-def _ok_status(record: RequestRecord) -> bool:
-    return record.status == 200 and record.transport is None
+def _ok_status(reading: Reading) -> bool:
+    return reading.request.status == 200 and reading.request.transport is None
 
 
 def _at(times: Floats, place: int) -> float | None:
@@ -49,14 +48,14 @@ def _per(total_ms: float | None, count: float) -> float | None:
     return None if total_ms is None or count <= 0 else float(total_ms) / count
 
 
-def vllm(record: RequestRecord) -> Compat:
+def vllm(reading: Reading) -> Compat:
     """vLLM `bench serve`, openai-chat: any chunk with choices is a token event, the role chunk included; an in-band
     error or a stream cut short is a success."""
-    times = _times(record, CHOICES)
-    n = float(record.output_tokens or 0)
+    times = _times(reading, CHOICES)
+    n = float(reading.request.output_tokens or 0)
     gaps = np.diff(times)
     return Compat(
-        success=_ok_status(record) and len(times) > 0,
+        success=_ok_status(reading) and len(times) > 0,
         tokens=n,
         ttft_ms=_at(times, 0),
         tpot_ms=_per(times[-1] - times[0], n - 1) if len(times) else None,
@@ -66,15 +65,15 @@ def vllm(record: RequestRecord) -> Compat:
     )
 
 
-def sglang(record: RequestRecord) -> Compat:
+def sglang(reading: Reading) -> Compat:
     """SGLang `bench_serving`, oai-chat: first text; the end is the last line of any kind; usage is not asked for, so
     the token count is the number requested."""
-    times = _times(record, TEXT)
-    lines = (np.asarray(record.events.t_ns, dtype=np.int64) - record.sent_ns) / 1e6
-    n = float(record.output_tokens_asked or record.output_tokens or 0)
+    times = _times(reading, TEXT)
+    lines = (reading.t_ns - reading.request.sent_ns) / 1e6
+    n = float(reading.request.output_tokens_asked or reading.request.output_tokens or 0)
     gaps = np.diff(times)
     return Compat(
-        success=_ok_status(record),
+        success=_ok_status(reading),
         tokens=n,
         ttft_ms=_at(times, 0),
         tpot_ms=_per(lines[-1] - times[0], n - 1) if len(times) else None,
@@ -84,28 +83,28 @@ def sglang(record: RequestRecord) -> Compat:
     )
 
 
-def guidellm(record: RequestRecord) -> Compat:
+def guidellm(reading: Reading) -> Compat:
     """GuideLLM: TPOT has the first token in it; ITL is a mean a request; chunk times are not kept."""
-    times = _times(record, GENERATED)
-    n = float(record.output_tokens if record.output_tokens is not None else len(times))
+    times = _times(reading, GENERATED)
+    n = _usage_or(reading, len(times))
     return Compat(
-        success=_ok_status(record) and not _has(record, ERROR),
+        success=_ok_status(reading) and not _has(reading, ERROR),
         tokens=n,
         ttft_ms=_at(times, 0),
         tpot_ms=_per(times[-1], n) if len(times) else None,
         itl_mean_ms=_per(times[-1] - times[0], n - 1) if len(times) else None,
-        e2el_ms=(record.end_ns - record.sent_ns) / 1e6,
+        e2el_ms=_to_the_end_ms(reading),
     )
 
 
-def aiperf(record: RequestRecord) -> Compat:
+def aiperf(reading: Reading) -> Compat:
     """AIPerf with --use-server-token-count and --per-chunk-usage: ITL leaves the first chunk's tokens out (one where
     they are not stated)."""
-    times = _times(record, GENERATED)
-    _, counts, n, counted_by = count_tokens(record)
-    first = float(counts[0]) if len(counts) and counted_by == "usage per chunk" else 1.0
+    times = _times(reading, GENERATED)
+    counts, n = reading.token_counts, reading.tokens
+    first = float(counts[0]) if len(counts) and reading.counted_by == PER_CHUNK else 1.0
     return Compat(
-        success=_ok_status(record) and not _has(record, ERROR) and len(times) > 0,
+        success=_ok_status(reading) and not _has(reading, ERROR) and len(times) > 0,
         tokens=n,
         ttft_ms=_at(times, 0),
         itl_mean_ms=_per(times[-1] - times[0], n - first) if len(times) else None,
@@ -113,15 +112,15 @@ def aiperf(record: RequestRecord) -> Compat:
     )
 
 
-def genai_perf(record: RequestRecord) -> Compat:
+def genai_perf(reading: Reading) -> Compat:
     """genai-perf: from the first response with content; ITL is a mean a request. Its chunk-wise list, each gap divided
     by the tokens of its chunk, is what the maximum is of."""
-    times_ns, counts, n, _ = count_tokens(record)
-    times = (times_ns - record.sent_ns) / 1e6
+    counts, n = reading.token_counts, reading.tokens
+    times = (reading.token_t_ns - reading.request.sent_ns) / 1e6
     later = counts[1:] > 0
-    per_token = np.diff(times)[later] / counts[1:][later]
+    per_token = reading.gaps_ms[later] / counts[1:][later]
     return Compat(
-        success=_ok_status(record),
+        success=_ok_status(reading),
         tokens=n,
         ttft_ms=_at(times, 0),
         itl_mean_ms=_per(float(times[-1] - times[0]), n - 1) if len(times) else None,
@@ -130,14 +129,14 @@ def genai_perf(record: RequestRecord) -> Compat:
     )
 
 
-def inference_perf(record: RequestRecord) -> Compat:
+def inference_perf(reading: Reading) -> Compat:
     """inference-perf: first non-empty token, end at completion, gaps between chunks pooled."""
-    times = _times(record, GENERATED)
-    n = float(record.output_tokens if record.output_tokens is not None else len(times))
-    end = (record.end_ns - record.sent_ns) / 1e6
+    times = _times(reading, GENERATED)
+    n = _usage_or(reading, len(times))
+    end = _to_the_end_ms(reading)
     gaps = np.diff(times)
     return Compat(
-        success=_ok_status(record),
+        success=_ok_status(reading),
         tokens=n,
         ttft_ms=_at(times, 0),
         tpot_ms=_per(end - times[0], n - 1) if len(times) else None,
@@ -147,14 +146,14 @@ def inference_perf(record: RequestRecord) -> Compat:
     )
 
 
-def evalscope(record: RequestRecord) -> Compat:
+def evalscope(reading: Reading) -> Compat:
     """evalscope: the role chunk is the first token; the end is the last message, usage included."""
-    times = _times(record, CHOICES)
-    messages = _times(record, ~DONE)
-    n = float(record.output_tokens if record.output_tokens is not None else len(times))
+    times = _times(reading, CHOICES)
+    messages = _times(reading, ~DONE)
+    n = _usage_or(reading, len(times))
     gaps = np.diff(times)
     return Compat(
-        success=_ok_status(record),
+        success=_ok_status(reading),
         tokens=n,
         ttft_ms=_at(times, 0),
         tpot_ms=_per(messages[-1] - times[0], n - 1) if len(times) else None,
@@ -164,13 +163,12 @@ def evalscope(record: RequestRecord) -> Compat:
     )
 
 
-def mlperf(record: RequestRecord) -> Compat:
+def mlperf(reading: Reading) -> Compat:
     """MLPerf load generator: latency from the scheduled time; TPOT without the first token; one token is an error."""
-    late_ms = 0.0 if record.intended_ns is None else (record.sent_ns - record.intended_ns) / 1e6
-    times = _times(record, GENERATED) + late_ms
-    _, _, n, _ = count_tokens(record)
+    times = _times(reading, GENERATED) + reading.send_lag_ms
+    n = reading.tokens
     return Compat(
-        success=_ok_status(record) and n > 1,
+        success=_ok_status(reading) and n > 1,
         tokens=n,
         ttft_ms=_at(times, 0),
         tpot_ms=_per(times[-1] - times[0], n - 1) if len(times) else None,
@@ -178,25 +176,34 @@ def mlperf(record: RequestRecord) -> Compat:
     )
 
 
-def llmperf(record: RequestRecord) -> Compat:
+def llmperf(reading: Reading) -> Compat:
     """llmperf: the time to the first token is inside the mean of what it calls inter-token latency."""
-    times = _times(record, CONTENT)
-    chunks = len(_times(record, CHOICES))
-    n = float(record.output_tokens if record.output_tokens is not None else len(times))
+    times = _times(reading, CONTENT)
+    chunks = len(_times(reading, CHOICES))
+    n = _usage_or(reading, len(times))
     return Compat(
-        success=_ok_status(record) and not _has(record, ERROR),
+        success=_ok_status(reading) and not _has(reading, ERROR),
         tokens=n,
         ttft_ms=_at(times, 0),
         itl_mean_ms=_per(times[-1], chunks) if len(times) else None,
-        e2el_ms=(record.end_ns - record.sent_ns) / 1e6,
+        e2el_ms=_to_the_end_ms(reading),
     )
 
 
-def _has(record: RequestRecord, mask: int) -> bool:
-    return bool((np.asarray(record.events.flags, dtype=np.int64) & mask).any())
+def _has(reading: Reading, mask: int) -> bool:
+    return bool((reading.flags & mask).any())
 
 
-TOOLS: dict[str, Callable[[RequestRecord], Compat]] = {
+def _usage_or(reading: Reading, events: int) -> float:
+    total = reading.request.output_tokens
+    return float(events if total is None else total)
+
+
+def _to_the_end_ms(reading: Reading) -> float:
+    return (reading.request.end_ns - reading.request.sent_ns) / 1e6
+
+
+TOOLS: dict[str, Callable[[Reading], Compat]] = {
     "vLLM": vllm,
     "SGLang": sglang,
     "GuideLLM": guidellm,
@@ -210,11 +217,11 @@ TOOLS: dict[str, Callable[[RequestRecord], Compat]] = {
 FIGURES = ("ttft_ms", "tpot_ms", "itl_mean_ms", "e2el_ms", "tokens")
 
 
-def means(records: list[RequestRecord]) -> dict[str, dict[str, float | None]]:
+def means(readings: list[Reading]) -> dict[str, dict[str, float | None]]:
     """tool -> figure -> mean over the requests that the tool would call successful; `successes` counts them."""
     table: dict[str, dict[str, float | None]] = {}
-    for tool, read in TOOLS.items():
-        counted = [compat for compat in map(read, records) if compat.success]
+    for tool, read_as in TOOLS.items():
+        counted = [compat for compat in map(read_as, readings) if compat.success]
         row: dict[str, float | None] = {"successes": float(len(counted))}
         for figure in FIGURES:
             values = [value for value in (getattr(compat, figure) for compat in counted) if value is not None]

@@ -36,8 +36,11 @@ class Reading(msgspec.Struct):
     t0_ns: int
     tokens: float
     counted_by: str
+    t_ns: Ints  # arrival of every event
+    flags: Ints  # what each carried
     token_t_ns: Ints  # arrival of every event with tokens
     token_counts: Floats  # tokens in each
+    gaps_ms: Floats  # time between events with tokens
     ttft_ms: float | None = None
     ttft_from_send_ms: float | None = None
     answer_ttft_ms: float | None = None
@@ -48,11 +51,6 @@ class Reading(msgspec.Struct):
     stall_ms: float | None = None
     send_lag_ms: float = 0.0
     connect_ms: float | None = None
-
-    @property
-    def gaps_ms(self) -> Floats:
-        """Time between events with tokens."""
-        return np.diff(self.token_t_ns) / 1e6
 
     @property
     def token_times_known(self) -> bool:
@@ -96,15 +94,20 @@ REQUEST_METRICS = tuple(name for name in DEFINITIONS if name not in ("itl_ms", "
 def read(record: RequestRecord) -> Reading:
     """All figures of one request."""
     t0_ns = record.sent_ns if record.intended_ns is None else record.intended_ns
-    times_ns, counts, total, counted_by = count_tokens(record)
+    t_ns = np.array(record.events.t_ns, dtype=np.int64)
+    flags = np.array(record.events.flags, dtype=np.int64)
+    times_ns, counts, total, counted_by = _count_tokens(record, t_ns, flags)
     reading = Reading(
         request=record,
         failure=failure(record),
         t0_ns=t0_ns,
         tokens=total,
         counted_by=counted_by,
+        t_ns=t_ns,
+        flags=flags,
         token_t_ns=times_ns,
         token_counts=counts,
+        gaps_ms=(times_ns[1:] - times_ns[:-1]) / 1e6,
         send_lag_ms=(record.sent_ns - t0_ns) / 1e6,
         connect_ms=None if record.connect_ns is None else record.connect_ns / 1e6,
     )
@@ -131,22 +134,19 @@ def _time(reading: Reading, record: RequestRecord) -> None:
             reading.user_tokens_per_s = 1000 / reading.tpot_ms
 
 
-def count_tokens(record: RequestRecord) -> tuple[Ints, Floats, float, str]:
+def _count_tokens(record: RequestRecord, t_ns: Ints, flags: Ints) -> tuple[Ints, Floats, float, str]:
     """(times of the events with tokens, tokens in each, n, how n is known)."""
-    events = record.events
-    times_ns = np.asarray(events.t_ns, dtype=np.int64)
-    generated = (np.asarray(events.flags, dtype=np.int64) & GENERATED) != 0
-    stated = np.asarray(events.tokens, dtype=np.int64)
+    generated = (flags & GENERATED) != 0
+    stated = np.array(record.events.tokens, dtype=np.int64)
     if generated.any() and (stated[generated] >= 0).all():
         # a count that grows at an event without text is a token too: the end of sequence, or half a character
         known = stated >= 0
         steps = np.zeros(len(stated))
         steps[known] = np.diff(stated[known], prepend=0)
-        with_choices = (np.asarray(events.flags, dtype=np.int64) & CHOICES) != 0
-        token_events = generated | (with_choices & (steps > 0))
+        token_events = generated | (((flags & CHOICES) != 0) & (steps > 0))
         if int(stated[generated].max()) > 1 or int(generated.sum()) == 1:
-            return times_ns[token_events], steps[token_events], float(stated.max()), PER_CHUNK
-    times_ns = times_ns[generated]
+            return t_ns[token_events], steps[token_events], float(stated.max()), PER_CHUNK
+    times_ns = t_ns[generated]
     n, counted_by = _total(record, len(times_ns))
     counts = np.full(len(times_ns), n / len(times_ns)) if len(times_ns) else np.zeros(0)
     return times_ns, counts, n, counted_by

@@ -8,7 +8,7 @@ import numpy as np
 from bench.measure.define import DEFINITIONS, Floats, Reading
 from bench.measure.record import Record
 from bench.measure.stats import Interval, bootstrap_mean, bootstrap_quantile
-from bench.measure.summary import QUANTILES, readings_by_segment, segments_of
+from bench.measure.summary import QUANTILES, Readings, segments_of
 
 METRICS = ("ttft_ms", "tpot_ms", "stall_ms", "e2el_ms")
 
@@ -36,10 +36,9 @@ class PairedDifference(msgspec.Struct):
         return DEFINITIONS[self.metric].title
 
 
-def paired_differences(record: Record) -> list[PairedDifference]:
+def paired_differences(record: Record, grouped: Readings) -> list[PairedDifference]:
     """Every later target against the first, over the blocks that both had."""
     names = list(dict.fromkeys(segment.target for segment in record.header.segments))
-    grouped = readings_by_segment(record)
     found = []
     for other in names[1:]:
         blocks = _matched(record, grouped, names[0], other)
@@ -53,7 +52,7 @@ def paired_differences(record: Record) -> list[PairedDifference]:
 Matched = list[list[tuple[Reading, Reading]]]
 
 
-def _matched(record: Record, grouped: dict[int, list[Reading]], base: str, other: str) -> Matched:
+def _matched(record: Record, grouped: Readings, base: str, other: str) -> Matched:
     """Pairs of readings of the same request in each block."""
     by_pair = {s.pair: grouped[s.number] for s in segments_of(record, base) if s.pair is not None}
     blocks = []

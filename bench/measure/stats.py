@@ -41,6 +41,11 @@ def quantile(values: Floats, q: float) -> float:
     return float(np.quantile(values, q, method="inverted_cdf")) if len(values) else math.nan
 
 
+def quantile_of_sorted(ordered: Floats, q: float) -> float:
+    """As `quantile`, of values that are in order already."""
+    return float(ordered[max(0, math.ceil(q * len(ordered)) - 1)]) if len(ordered) else math.nan
+
+
 def bootstrap_mean(blocks: list[Floats]) -> Interval:
     """Mean over all values, with an interval from resampled blocks."""
     sums = np.asarray([float(block.sum()) for block in blocks])
@@ -68,19 +73,30 @@ def bootstrap_quantile(blocks: list[Floats], q: float) -> Interval:
     if not blocks:
         return _unknown(math.nan, 0)
     pooled = np.sort(np.concatenate(blocks))
-    value = quantile(pooled, q)
+    value = quantile_of_sorted(pooled, q)
     if len(blocks) < 2 or not math.isfinite(value):
         return _unknown(value, len(blocks))
-    levels = np.unique(pooled)
+    levels = pooled
     if len(levels) > 2 * _LEVELS:
         near = np.linspace(max(0.0, q - _NEAR), min(1.0, q + _NEAR), _LEVELS)
         ranks = np.concatenate([near, np.linspace(0, 1, _LEVELS)]) * (len(pooled) - 1)
         levels = np.unique(pooled[ranks.astype(int)])
-    counts = np.stack([np.bincount(np.searchsorted(levels, block), minlength=len(levels)) for block in blocks])
-    heights = _draws(len(blocks)) @ np.cumsum(counts, axis=1).astype(np.float64)
-    positions = (heights < q * heights[:, -1:]).sum(axis=1)
-    estimates = levels[np.minimum(positions, len(levels) - 1)]
+    at_or_below = np.asarray([np.searchsorted(np.sort(block), levels, side="right") for block in blocks], dtype=float)
+    estimates = levels[_lowest_level(at_or_below, q)]
     return _interval(value, estimates[np.isfinite(estimates)], len(blocks))
+
+
+def _lowest_level(at_or_below: Floats, q: float) -> NDArray[np.int64]:
+    """For every resample, the first level that a share q of its values is at or below: all bisected side by side."""
+    draws = _draws(len(at_or_below))
+    wanted = q * (draws @ at_or_below[:, -1])
+    low = np.zeros(len(draws), dtype=np.int64)
+    high = np.full(len(draws), at_or_below.shape[1] - 1)
+    for _ in range(int(high[0]).bit_length()):
+        middle = (low + high) // 2
+        enough = np.einsum("db,bd->d", draws, at_or_below[:, middle]) >= wanted
+        low, high = np.where(enough, low, np.minimum(middle + 1, high)), np.where(enough, middle, high)
+    return low
 
 
 def repeats_interval(value: float, repeats: Floats) -> Interval:

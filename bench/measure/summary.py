@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.measure import compat
 from bench.measure.define import CHUNKS, REQUEST_METRICS, Floats, Reading, read, values_of, values_with_failures
-from bench.measure.record import Record, Segment
+from bench.measure.record import Mark, Record, Segment
 from bench.measure.slo import judge, meets, parse_slo
 from bench.measure.stats import (
     Interval,
@@ -17,6 +17,7 @@ from bench.measure.stats import (
     bootstrap_quantile,
     bootstrap_ratio,
     quantile,
+    quantile_of_sorted,
     repeats_interval,
     wider,
 )
@@ -69,10 +70,23 @@ class TargetSummary(msgspec.Struct):
     repeats: list[dict[str, float]] = []
 
 
+class ChangeUnderLoad(msgspec.Struct):
+    """Something done during the run, such as loading an adapter, and what became of the requests under way."""
+
+    name: str
+    at_s: float
+    took_ms: float
+    ok: bool
+    answer: str
+    in_flight: int
+    failed: int
+
+
 class Summary(msgspec.Struct):
     """A whole run."""
 
     targets: dict[str, TargetSummary]
+    changes: list[ChangeUnderLoad] = []
 
 
 def segments_of(record: Record, target: str) -> list[Segment]:
@@ -80,9 +94,12 @@ def segments_of(record: Record, target: str) -> list[Segment]:
     return [segment for segment in record.header.segments if segment.target == target and segment.label != WARMUP]
 
 
-def readings_by_segment(record: Record) -> dict[int, list[Reading]]:
+Readings = dict[int, list[Reading]]  # segment -> its requests in order of t0
+
+
+def readings_by_segment(record: Record) -> Readings:
     """Every request read, by segment, in order of t0."""
-    grouped: dict[int, list[Reading]] = {segment.number: [] for segment in record.header.segments}
+    grouped: Readings = {segment.number: [] for segment in record.header.segments}
     for request in record.requests:
         grouped[request.segment].append(read(request))
     for readings in grouped.values():
@@ -90,14 +107,23 @@ def readings_by_segment(record: Record) -> dict[int, list[Reading]]:
     return grouped
 
 
-def summarize(record: Record) -> Summary:
-    """All figures of a run."""
-    grouped = readings_by_segment(record)
+def summarize(record: Record, grouped: Readings) -> Summary:
+    """All figures of a run, from its record and that record's readings."""
     names = dict.fromkeys(segment.target for segment in record.header.segments)
-    return Summary({name: _target(record, name, grouped) for name in names})
+    everything = [reading for readings in grouped.values() for reading in readings]
+    changes = [_change(mark, everything) for mark in record.marks]
+    return Summary({name: _target(record, name, grouped) for name in names}, changes)
 
 
-def _target(record: Record, target: str, grouped: dict[int, list[Reading]]) -> TargetSummary:
+def _change(mark: Mark, readings: list[Reading]) -> ChangeUnderLoad:
+    end_ns = mark.t_ns + mark.duration_ns
+    under_way = [r for r in readings if r.request.sent_ns <= end_ns and r.request.end_ns >= mark.t_ns]
+    failed = sum(reading.failure is not None for reading in under_way)
+    took_ms = mark.duration_ns / 1e6
+    return ChangeUnderLoad(mark.name, mark.t_ns / 1e9, took_ms, mark.ok, mark.detail, len(under_way), failed)
+
+
+def _target(record: Record, target: str, grouped: Readings) -> TargetSummary:
     config = record.header.config
     segments = segments_of(record, target)
     load = {s.number: [r for r in grouped[s.number] if r.request.phase == "load"] for s in segments}
@@ -127,7 +153,7 @@ def _target(record: Record, target: str, grouped: dict[int, list[Reading]]) -> T
         models=by_model,
         first_use=_first_use(everything) if len(models) > 1 else {},
         fairness=_fairness(by_model),
-        compat=compat.means([reading.request for reading in everything]),
+        compat=compat.means(everything),
         per_gpu_tokens_per_s=rate / gpus if gpus else None,
         cost_per_million_output_tokens=price * (gpus or 1) / (rate * 3600) * 1e6 if price and rate > 0 else None,
         gateway_cpu_us_per_event=_gateway_cpu(record, target, everything),
@@ -212,7 +238,7 @@ def _metrics(
 
 def _spread(blocks: list[Floats], repeats: list[Floats]) -> dict[str, Interval]:
     """Mean and quantiles, with intervals on the mean, the median and the 99th percentile."""
-    pooled = np.concatenate(blocks) if blocks else np.zeros(0)
+    pooled = np.sort(np.concatenate(blocks)) if blocks else np.zeros(0)
     if not len(pooled):
         return {}
     repeats = [part for part in repeats if len(part)]
@@ -222,8 +248,8 @@ def _spread(blocks: list[Floats], repeats: list[Floats]) -> dict[str, Interval]:
             each = np.asarray([quantile(part, q) for part in repeats])
             row[name] = _with_repeats(bootstrap_quantile(blocks, q), each)
         else:
-            row[name] = Interval(quantile(pooled, q), math.nan, math.nan, math.nan, 0)
-    row["max"] = Interval(float(pooled.max()), math.nan, math.nan, math.nan, 0)
+            row[name] = Interval(quantile_of_sorted(pooled, q), math.nan, math.nan, math.nan, 0)
+    row["max"] = Interval(float(pooled[-1]), math.nan, math.nan, math.nan, 0)
     return row
 
 

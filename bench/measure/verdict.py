@@ -12,7 +12,7 @@ import numpy as np
 from bench.measure.define import Reading, values_of
 from bench.measure.record import Record, Sample, Segment
 from bench.measure.stats import exponential_fit, quantile
-from bench.measure.summary import Summary, counts_by_chunk, readings_by_segment, segments_of
+from bench.measure.summary import Readings, Summary, counts_by_chunk, segments_of
 from bench.measure.window import Window, drift, in_flight, steady_window, tokens_by_slice
 
 MIN_WINDOW_S = 10.0
@@ -47,11 +47,12 @@ class Verdict(msgspec.Struct):
         return 3 if self.level is Level.INVALID else 0
 
 
-def judge_run(record: Record, summary: Summary, ceiling_events_per_s: float | None = None) -> Verdict:
+def judge_run(
+    record: Record, grouped: Readings, summary: Summary, ceiling_events_per_s: float | None = None
+) -> Verdict:
     """Look at everything that makes figures wrong. The ceiling is what one process of this client can read here."""
     findings: list[Finding] = []
     checked: dict[str, Any] = {}
-    grouped = readings_by_segment(record)
     measured = [segment for target in summary.targets for segment in segments_of(record, target)]
     readings = [reading for segment in measured for reading in grouped[segment.number]]
     if not readings:
@@ -68,6 +69,9 @@ def judge_run(record: Record, summary: Summary, ceiling_events_per_s: float | No
             _doubt(
                 findings, f"{target}: the server sent no usage and has no tokenizer route: chunks are taken for tokens"
             )
+    for change in summary.changes:
+        if change.failed:
+            _doubt(findings, f"{change.failed} of {change.in_flight} requests under way during {change.name!r} failed")
     level = max((finding.level for finding in findings), default=Level.VALID)
     return Verdict(level, findings, checked)
 
@@ -98,6 +102,12 @@ def _kept_up(
     late_ms = quantile(np.asarray([reading.request.read_delay_ns / 1e6 for reading in readings]), 0.99)
     checked["read_delay_p99_ms"] = late_ms
     _graded(findings, late_ms, 20, 200, f"the client read late: {late_ms:.1f} ms at worst in 1 % of requests")
+    rounds_ms = np.asarray([s.values["round_ms_max"] for s in _workers(record) if "round_ms_max" in s.values])
+    if len(rounds_ms):
+        away_ms = quantile(rounds_ms, 0.99)
+        checked["loop_away_p99_ms"] = away_ms
+        if record.header.stamps == "client":  # no kernel to say when bytes came: the loop's own absence is the error
+            _graded(findings, away_ms, 20, 200, f"the client was away from its sockets for {away_ms:.1f} ms")
     busiest = _busiest(record, measured)
     checked["client_cpu_share"] = busiest
     _graded(findings, busiest, 0.85, 0.97, f"a client process used {busiest:.0%} of a core")
@@ -142,7 +152,7 @@ def _ceiling(
 def _stimulus(
     record: Record,
     measured: list[Segment],
-    grouped: dict[int, list[Reading]],
+    grouped: Readings,
     findings: list[Finding],
     checked: dict[str, Any],
 ) -> None:
@@ -183,6 +193,11 @@ def _outcomes(target: str, readings: list[Reading], findings: list[Finding]) -> 
         for r in readings
         if r.failure is None and r.request.prompt_tokens and r.request.prompt_tokens_asked
     ]
+    free = [r for r in readings if r.failure is None and not r.request.output_exact and r.request.output_tokens_asked]
+    if free:
+        share = float(np.mean([r.tokens / (r.request.output_tokens_asked or 1) for r in free]))
+        if share < 0.98:
+            _doubt(findings, f"{target}: answers have {share:.0%} of the tokens asked; the server takes no ignore_eos")
     if ratios:
         off = float(np.mean(ratios)) - 1
         if abs(off) > 0.02:
@@ -220,7 +235,7 @@ def _hits_by_counters(record: Record, target: str) -> float | None:
     return hits / asked if asked > 0 else None
 
 
-def _windows(target: str, segments: list[Segment], grouped: dict[int, list[Reading]], findings: list[Finding]) -> None:
+def _windows(target: str, segments: list[Segment], grouped: Readings, findings: list[Finding]) -> None:
     windows = [steady_window(segment, grouped[segment.number]) for segment in segments]
     length_s = sum(window.length_s for window in windows)
     inside = [r for w in windows for r in grouped[w.segment.number] if w.holds(r.t0_ns)]

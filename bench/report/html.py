@@ -13,23 +13,24 @@ import yaml
 from bench.measure.define import DEFINITIONS, Reading, values_of
 from bench.measure.outcome import CAUSES
 from bench.measure.paired import PairedDifference
-from bench.measure.record import Record
-from bench.measure.summary import Figures, Summary, TargetSummary, readings_by_segment, segments_of
+from bench.measure.record import Record, Sample
+from bench.measure.summary import Figures, Readings, Summary, TargetSummary, segments_of
 from bench.measure.verdict import Verdict
 from bench.measure.window import in_flight, steady_window
 from bench.report.style import STYLE
 from bench.report.svg import Series, cdf, chart
-from bench.report.table import number, with_error
+from bench.report.table import CHANGE_COLUMNS, PAIRED_COLUMNS, change_rows, head_rows, number, paired_rows, with_error
 
 _BINS = 120
 _COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 _HEADLINES = (("ttft_ms", "p50"), ("ttft_ms", "p99"), ("tpot_ms", "p50"), ("tpot_ms", "p99"), ("e2el_ms", "p50"))
 
 
-def render(record: Record, summary: Summary, verdict: Verdict, paired: list[PairedDifference]) -> str:
+def render(
+    record: Record, grouped: Readings, summary: Summary, verdict: Verdict, paired: list[PairedDifference]
+) -> str:
     """The page as text."""
     header = record.header
-    grouped = readings_by_segment(record)
     title = f"{header.config.get('workload')} on {', '.join(summary.targets)}"
     parts = [f"<h1>{escape(title)}</h1>", f"<p class=dim>{escape(header.started_at)}</p>", _verdict(verdict)]
     for name, target in summary.targets.items():
@@ -43,6 +44,7 @@ def render(record: Record, summary: Summary, verdict: Verdict, paired: list[Pair
         parts += _timeline(record, name, readings, len(summary.targets) > 1)
     parts += _distributions(record, summary, grouped)
     parts.append("</div>")
+    parts.append(table(list(CHANGE_COLUMNS), change_rows(summary.changes)))
     for target in summary.targets.values():
         parts.append(_tables(target, len(summary.targets) > 1))
     parts.append(_details(record, verdict))
@@ -145,31 +147,38 @@ def _token_rate(readings: list[Reading], span: tuple[float, float]) -> Series:
 def _server_charts(
     record: Record, target: str, span: tuple[float, float], shaded: list[tuple[float, float]], prefix: str
 ) -> list[str]:
+    inside = [sample for sample in record.samples if span[0] <= sample.t_ns / 1e9 <= span[1]]
+
     def series(source: str, key: str, name: str) -> Series:
-        found = [
-            s for s in record.samples if s.source == source and key in s.values and span[0] <= s.t_ns / 1e9 <= span[1]
-        ]
+        found = [sample for sample in inside if sample.source == source and key in sample.values]
         return Series(name, [sample.t_ns / 1e9 for sample in found], [sample.values[key] for sample in found])
 
+    def over_time(title: str, shown: list[Series], unit: str, y_end: float | None = None) -> str:
+        return chart(title, shown, "s", unit, span, shaded, y_end)
+
     source = f"server:{target}"
-    charts = [
-        chart(
-            f"{prefix}server: running and waiting",
-            [series(source, "running", "running"), series(source, "waiting", "waiting")],
-            "s", "requests", span, shaded,
-        ),
-        chart(f"{prefix}server: KV cache in use", [series(source, "kv_usage", "")], "s", "share", span, shaded, 1.0),
-    ]  # fmt: skip
-    gpus = sorted({sample.source for sample in record.samples if sample.source.startswith("gpu:")})
-    if gpus:
-        charts.append(chart("GPU power", [series(gpu, "power_w", gpu) for gpu in gpus], "s", "W", span, shaded))
-        charts.append(
-            chart("GPU memory", [series(gpu, "memory_bytes", gpu) for gpu in gpus], "s", "bytes", span, shaded)
-        )
-    return charts
+    queue = [series(source, "running", "running"), series(source, "waiting", "waiting")]
+    hits = _cache_hits([sample for sample in inside if sample.source == source])
+    gpus = sorted({sample.source for sample in inside if sample.source.startswith("gpu:")})
+    return [
+        over_time(f"{prefix}server: running and waiting", queue, "requests"),
+        over_time(f"{prefix}server: KV cache in use", [series(source, "kv_usage", "")], "share", 1.0),
+        over_time(f"{prefix}server: prompt tokens found in the cache", [hits], "share", 1.0),
+        over_time("GPU power", [series(gpu, "power_w", gpu) for gpu in gpus], "W"),
+        over_time("GPU memory", [series(gpu, "memory_bytes", gpu) for gpu in gpus], "bytes"),
+    ]
 
 
-def _distributions(record: Record, summary: Summary, grouped: dict[int, list[Reading]]) -> list[str]:
+def _cache_hits(pages: list[Sample]) -> Series:
+    """The share of prompt tokens found in the cache, from each reading of the counters to the next."""
+    pages = [page for page in pages if {"cache_hit_tokens", "cache_query_tokens"} <= page.values.keys()]
+    times_s = np.asarray([page.t_ns / 1e9 for page in pages[1:]])
+    hits, asked = (np.diff([page.values[f"cache_{key}_tokens"] for page in pages]) for key in ("hit", "query"))
+    moved = asked > 0
+    return Series("", times_s[moved].tolist(), (hits[moved] / asked[moved]).tolist(), "step")
+
+
+def _distributions(record: Record, summary: Summary, grouped: Readings) -> list[str]:
     named: dict[str, list[Reading]] = {}
     for name in summary.targets:
         named[name] = [r for s in segments_of(record, name) for r in grouped[s.number] if r.failure is None]
@@ -210,7 +219,11 @@ def _tables(target: TargetSummary, named: bool) -> str:
                      definition.formula])  # fmt: skip
     parts = [f"<h2>{escape(target.target)}</h2>" if named else ""]
     parts.append(table(["steady window", *_COLUMNS, "p99, failures = inf", "formula"], rows))
-    parts.append(table(["", "steady", "full run"], [[name, a, b] for name, a, b in _both(target.steady, target.full)]))
+    if steady.itl_refused:
+        parts.append(f"<p class=dim>ITL: {escape(steady.itl_refused)}</p>")
+    parts.append(table(["", "steady", "full run"], [list(row) for row in head_rows(target)]))
+    limits = [[limit, number(seen), "kept" if kept else "broken"] for limit, (seen, kept) in steady.slo.items()]
+    parts.append(table(["objective", "observed", ""], limits))
     if target.repeats:
         columns = list(target.repeats[0])
         repeats = [[number(row[column]) for column in columns] for row in target.repeats]
@@ -232,18 +245,6 @@ def _tables(target: TargetSummary, named: bool) -> str:
     return "".join(parts)
 
 
-def _both(steady: Figures, full: Figures) -> list[tuple[str, str, str]]:
-    return [
-        ("window, s", number(steady.length_s), number(full.length_s)),
-        ("requests", str(steady.requests), str(full.requests)),
-        ("failed", str(steady.requests - steady.succeeded), str(full.requests - full.succeeded)),
-        ("requests/s", with_error(steady.requests_per_s), with_error(full.requests_per_s)),
-        ("output tokens/s", with_error(steady.output_tokens_per_s), with_error(full.output_tokens_per_s)),
-        ("total tokens/s", number(steady.total_tokens_per_s), number(full.total_tokens_per_s)),
-        ("goodput, requests/s", number(steady.goodput_per_s), number(full.goodput_per_s)),
-    ]
-
-
 def _failures(figures: Figures) -> list[list[str]]:
     return [
         [cause, str(count), CAUSES["http" if cause.startswith("http") else cause]]
@@ -263,20 +264,7 @@ def _model_rows(target: TargetSummary) -> list[list[str]]:
 
 
 def _paired(paired: list[PairedDifference]) -> str:
-    rows = [
-        [
-            f"{d.title}: {d.other} - {d.base}",
-            with_error(d.difference["mean"]),
-            *(number(d.difference[column].value) for column in ("p50", "p90", "p99")),
-            f"{d.relative_percent:+.2f} %",
-            "yes" if d.significant else "within noise",
-            str(d.pairs),
-        ]
-        for d in paired
-    ]
-    return table(
-        ["added, ms, request by request", "mean", "p50", "p90", "p99", "of mean", "significant", "pairs"], rows
-    )
+    return table(list(PAIRED_COLUMNS), paired_rows(paired))
 
 
 def _details(record: Record, verdict: Verdict) -> str:
@@ -292,9 +280,6 @@ def _details(record: Record, verdict: Verdict) -> str:
         f"<details><summary>{escape(name)}</summary><pre>{escape(_yaml(value))}</pre></details>"
         for name, value in shown.items()
     ]
-    if record.marks:
-        rows = [[m.name, f"{m.t_ns / 1e9:.1f}", f"{m.duration_ns / 1e6:.0f}", m.detail[:80]] for m in record.marks]
-        parts.insert(0, table(["done while under load", "at s", "took ms", "answer"], rows))
     return "".join(parts)
 
 

@@ -30,6 +30,7 @@ svg .tick{fill:var(--dim);font-size:11px}svg .shade{fill:var(--shade)}
 .wide{overflow-x:auto;margin:16px 0}
 table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;padding:4px 0}
+td:not(:first-child):not(:last-child){white-space:nowrap}
 th,td{padding:4px 12px;border-bottom:1px solid var(--line);text-align:right}
 th{color:var(--dim);font-weight:500}th:first-child,td:first-child{text-align:left;padding-left:0}
 pre{background:var(--card);padding:12px;border-radius:6px;overflow-x:auto;font-size:12.5px}

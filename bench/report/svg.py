@@ -158,7 +158,7 @@ def ticks(start: float, end: float, wanted: int = 5) -> list[float]:
 
 
 def _short(value: float) -> str:
-    for limit, suffix in ((1e6, "M"), (1e3, "k")):
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:g}{suffix}"
     return f"{value:.6g}"

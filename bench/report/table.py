@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure.define import DEFINITIONS
-from bench.measure.record import Mark
+from bench.measure.paired import PairedDifference
 from bench.measure.stats import Interval
-from bench.measure.summary import Figures, Summary, TargetSummary
+from bench.measure.summary import ChangeUnderLoad, Figures, Summary, TargetSummary
 from bench.measure.verdict import Level, Verdict
 
 _STYLE = {Level.VALID: "green", Level.DOUBTFUL: "yellow", Level.INVALID: "red"}
@@ -35,25 +35,46 @@ def with_error(interval: Interval) -> str:
     if math.isnan(interval.low):
         return number(interval.value)
     half = interval.half_width
-    return f"{number(interval.value)} ±{half:.2g}" if half < 1000 else f"{number(interval.value)} ±{half:,.0f}"
+    return f"{number(interval.value)} ±{half:.2g}" if half < 100 else f"{number(interval.value)} ±{half:,.0f}"
 
 
-def print_run(console: Console, summary: Summary, verdict: Verdict, marks: list[Mark]) -> None:
-    """Every target's figures, then the verdict."""
+def print_run(console: Console, summary: Summary, verdict: Verdict, paired: list[PairedDifference]) -> None:
+    """Every target's figures, what one adds to another, then the verdict."""
     for target in summary.targets.values():
         print_target(console, target)
-    if marks:
-        _print_marks(console, marks)
+    if paired:
+        _print_paired(console, paired)
+    if summary.changes:
+        _print_changes(console, summary.changes)
     print_verdict(console, verdict)
 
 
 def print_target(console: Console, target: TargetSummary) -> None:
     """One target's tables."""
-    steady, full = target.steady, target.full
+    steady = target.steady
     head = Table(title=f"[bold]{target.target}[/]", title_justify="left", show_header=True, box=None, padding=(0, 2))
     for name in ("", "steady", "full run"):
         head.add_column(name, justify="left" if not name else "right")
-    rows: list[tuple[str, str, str]] = [
+    for row in head_rows(target):
+        head.add_row(*row)
+    console.print(head)
+    console.print(_metrics(steady))
+    if steady.itl_refused:
+        console.print(f"ITL: {steady.itl_refused}", style="dim")
+    for limit, (observed, kept) in steady.slo.items():
+        console.print(f"{limit}: {number(observed)} [{'green]kept' if kept else 'red]broken'}[/]")
+    if target.models:
+        _print_models(console, target)
+    if target.probe is not None:
+        console.print("base-model probe beside the load:")
+        console.print(_metrics(target.probe))
+    console.print(_compat(target))
+
+
+def head_rows(target: TargetSummary) -> list[tuple[str, str, str]]:
+    """(what, in the steady window, in the full run): what a target's tables begin with."""
+    steady, full = target.steady, target.full
+    rows = [
         ("window s", number(steady.length_s), number(full.length_s)),
         ("requests, failed", _counts(steady), _counts(full)),
         ("requests/s", with_error(steady.requests_per_s), with_error(full.requests_per_s)),
@@ -73,20 +94,7 @@ def print_target(console: Console, target: TargetSummary) -> None:
     if target.gateway_cpu_us_per_event is not None:
         rows.append(("gateway CPU us per event", number(target.gateway_cpu_us_per_event), ""))
     rows.append(("tokens counted by", ", ".join(f"{how} ({n})" for how, n in target.counted_by.items()), ""))
-    for row in rows:
-        head.add_row(*row)
-    console.print(head)
-    console.print(_metrics(steady))
-    if steady.itl_refused:
-        console.print(f"ITL: {steady.itl_refused}", style="dim")
-    for limit, (observed, kept) in steady.slo.items():
-        console.print(f"{limit}: {number(observed)} [{'green]kept' if kept else 'red]broken'}[/]")
-    if target.models:
-        _print_models(console, target)
-    if target.probe is not None:
-        console.print("base-model probe beside the load:")
-        console.print(_metrics(target.probe))
-    console.print(_compat(target))
+    return rows
 
 
 def print_verdict(console: Console, verdict: Verdict) -> None:
@@ -167,13 +175,47 @@ def _compat(target: TargetSummary) -> Table:
     return table
 
 
-def _print_marks(console: Console, marks: list[Mark]) -> None:
-    table = Table(title="done while under load", title_justify="left", box=None, padding=(0, 2))
-    for column in ("at s", "what", "took ms", "answer"):
+def paired_rows(paired: list[PairedDifference]) -> list[list[str]]:
+    """The cells of the table of added time; `PAIRED_COLUMNS` are its heads."""
+    return [
+        [
+            f"{d.title}: {d.other} - {d.base}",
+            *(with_error(d.difference[column]) for column in ("mean", "p50")),
+            *(number(d.difference[column].value) for column in ("p90", "p99")),
+            f"{d.relative_percent:+.2f} %",
+            "beyond chance" if d.significant else "noise",
+            f"{d.pairs} in {d.blocks}",
+        ]
+        for d in paired
+    ]
+
+
+PAIRED_COLUMNS = ("added, ms, request by request", "mean", "p50", "p90", "p99", "of mean", "", "pairs in blocks")
+
+
+def _print_paired(console: Console, paired: list[PairedDifference]) -> None:
+    table = Table(box=None, padding=(0, 1))
+    for place, column in enumerate(PAIRED_COLUMNS):
+        table.add_column(column, justify="right" if place else "left", no_wrap=True)
+    for row in paired_rows(paired):
+        table.add_row(*row)
+    console.print(table)
+
+
+CHANGE_COLUMNS = ("done while under load", "at s", "took ms", "requests under way", "failed", "answer")
+
+
+def change_rows(changes: list[ChangeUnderLoad]) -> list[list[str]]:
+    """The cells of the table of what was done during the run."""
+    return [
+        [c.name, f"{c.at_s:.1f}", f"{c.took_ms:.0f}", str(c.in_flight), str(c.failed), c.answer[:60]] for c in changes
+    ]
+
+
+def _print_changes(console: Console, changes: list[ChangeUnderLoad]) -> None:
+    table = Table(box=None, padding=(0, 2))
+    for column in CHANGE_COLUMNS:
         table.add_column(column)
-    for mark in marks:
-        style = "" if mark.ok else "red"
-        table.add_row(
-            f"{mark.t_ns / 1e9:.1f}", mark.name, f"{mark.duration_ns / 1e6:.0f}", mark.detail[:60], style=style
-        )
+    for change, row in zip(changes, change_rows(changes), strict=True):
+        table.add_row(*row, style="" if change.ok and not change.failed else "red")
     console.print(table)

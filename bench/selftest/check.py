@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from bench.measure.record import read_record
-from bench.measure.summary import summarize
+from bench.measure.summary import readings_by_segment, summarize
 from bench.selftest.rivals import Job, bench, command_of
 from bench.selftest.source import MODEL
 
@@ -91,7 +91,8 @@ def accuracy(url: str, gap_ms: float, concurrency: int, log: Path) -> Accuracy:
     """Readings of a quiet run against what the source was told. Raises SelfTestError."""
     with tempfile.TemporaryDirectory(prefix="bench-selftest-") as folder:
         _own(Job(url, MODEL, concurrency * 3, concurrency, 50), folder, log)
-        summary = summarize(read_record(Path(folder) / "selftest" / "record.jsonl.gz"))
+        record = read_record(Path(folder) / "selftest" / "record.jsonl.gz")
+    summary = summarize(record, readings_by_segment(record))
     metrics = next(iter(summary.targets.values())).full.metrics
     return Accuracy(
         metrics["ttft_from_send_ms"]["p50"].value - TTFT_MS,

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import click
@@ -195,9 +196,8 @@ class Source:
         tokens = min(stream.left, timeline.tokens_per_event)
         stream.left -= tokens
         stream.number += tokens
-        text = WORD * tokens
-        usage = _usage(stream.prompt, stream.number) if stream.per_chunk else ""
-        data = _chunk(_event(stream.chat, text, None, usage))
+        stated = (stream.prompt, stream.number) if stream.per_chunk else None
+        data = _frame(stream.chat, tokens, stated)
         if not stream.left:
             data += _chunk(_event(stream.chat, "", "{}", finish='"length"'))
             if stream.usage:
@@ -205,7 +205,7 @@ class Source:
             data += _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
         try:
             peer.send(data)
-        except ConnectionError:
+        except OSError:  # the reader is gone
             return
         if peer.unsent and peer.sock.fileno() >= 0:
             self._epoll.modify(peer.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
@@ -231,6 +231,12 @@ def _event(chat: bool, text: str, delta: str | None = None, usage: str = "", fin
     held = f'"delta":{delta or f"""{{"content":"{text}"}}"""}' if chat else f'"text":"{text}"'
     body = f'"choices":[{{"index":0,{held},"logprobs":null,"finish_reason":{finish}}}]{usage}'
     return b"data: {" + _identity(chat) + f",{body}}}\n\n".encode()
+
+
+@lru_cache(maxsize=1 << 16)
+def _frame(chat: bool, tokens: int, stated: tuple[int, int] | None) -> bytes:
+    """An event with tokens as it goes on the wire; equal ones are made once, so that the source keeps its timeline."""
+    return _chunk(_event(chat, WORD * tokens, None, "" if stated is None else _usage(*stated)))
 
 
 def _usage(prompt: int, tokens: int) -> str:

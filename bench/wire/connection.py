@@ -22,6 +22,7 @@ from bench.wire.http import Endpoint
 READ_BYTES = 65536
 _SO_TIMESTAMPNS = 35  # the socket module has no name for it; same value on every 64-bit Linux but sparc and parisc
 _TIMESPEC = struct.Struct("qq")
+_unpack_timespec = _TIMESPEC.unpack
 _CONTROL_BYTES = socket.CMSG_SPACE(_TIMESPEC.size)
 KERNEL_STAMPS = sys.platform == "linux" and struct.calcsize("l") == 8
 
@@ -69,6 +70,7 @@ class Connection:
         self.endpoint = endpoint
         self.exchange: Exchange | None = None
         self.closed = False
+        self._ended = False
         self._tls = tls
         self.writing = True
         self._connecting = True
@@ -99,6 +101,7 @@ class Connection:
         """Start an exchange; bytes that the socket does not take at once are sent by `advance`."""
         assert self.exchange is None and not self.closed
         self.exchange = Exchange(now_ns, reused=self.used)
+        self._keep = self.exchange.pieces.append
         self.used = True
         self._parser = httptools.HttpResponseParser(self)
         self._unsent = request
@@ -106,26 +109,35 @@ class Connection:
             self._flush()
         return self.exchange
 
-    def advance(self, mask: int, now_ns: int, realtime_offset_ns: int) -> None:
-        """React to a poll result. `realtime_offset_ns` is the wall clock minus the monotonic clock, just now."""
+    def advance(self, mask: int, now_ns: int, realtime_offset_ns: int) -> bool:
+        """React to a poll result: True when the exchange or the connection ended or `writing` changed.
+
+        `realtime_offset_ns` is the wall clock minus the monotonic clock, just now.
+        """
+        was_writing = self.writing
         try:
-            if self.writing:
+            if was_writing:
                 self._write(mask, now_ns)
             if mask & _READABLE and not (self._connecting or self._handshaking):
-                self._read(now_ns, realtime_offset_ns)
+                if self._kernel_stamps:
+                    self._read_stamped(now_ns, realtime_offset_ns)
+                else:
+                    self._read(now_ns)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return
+            pass
         except ConnectionError as error:
             self._fail("connect" if self._connecting else "reset", error, now_ns)
         except OSError as error:
             self._fail("connect" if self._connecting or self._handshaking else "socket", error, now_ns)
         except httptools.HttpParserError as error:
             self._fail("malformed", error, now_ns)
+        return self._ended or self.closed or self.writing is not was_writing
 
     def release(self) -> None:
         """Forget the finished exchange, so that the next can begin."""
         self.exchange = None
         self._parser = None
+        self._ended = False
 
     def abort(self, cause: str, now_ns: int) -> None:
         """End the exchange as failed, and the connection with it."""
@@ -178,16 +190,18 @@ class Connection:
         self._unsent = self._unsent[sent_bytes:]
         self.writing = bool(self._unsent)
 
-    def _read(self, now_ns: int, realtime_offset_ns: int) -> None:
-        if self._kernel_stamps:
-            data, control, _, _ = self._sock.recvmsg(READ_BYTES, _CONTROL_BYTES)
-            stamp_ns = now_ns
-            if control:
-                seconds, nanoseconds = _TIMESPEC.unpack(control[0][2])
-                # never later than the read itself: the two clocks may be slewed against each other
-                stamp_ns = min(now_ns, seconds * 1_000_000_000 + nanoseconds - realtime_offset_ns)
-            self._take(data, stamp_ns, now_ns)
-            return
+    def _read_stamped(self, now_ns: int, realtime_offset_ns: int) -> None:
+        data, control, _, _ = self._sock.recvmsg(READ_BYTES, _CONTROL_BYTES)
+        stamp_ns = now_ns
+        if control:
+            seconds, nanoseconds = _unpack_timespec(control[0][2])
+            arrived_ns = seconds * 1_000_000_000 + nanoseconds - realtime_offset_ns
+            # never later than the read itself: the two clocks may be slewed against each other
+            if arrived_ns < now_ns:
+                stamp_ns = arrived_ns
+        self._take(data, stamp_ns, now_ns)
+
+    def _read(self, now_ns: int) -> None:
         while not self.closed:
             try:
                 data = self._sock.recv(READ_BYTES)
@@ -198,10 +212,10 @@ class Connection:
                 return
 
     def _take(self, data: bytes, stamp_ns: int, now_ns: int) -> None:
-        exchange = self.exchange
+        exchange, parser = self.exchange, self._parser
         if not data:
             self._end_of_stream(now_ns)
-        elif exchange is None or self._parser is None:
+        elif exchange is None or parser is None:
             self.close()  # bytes that nobody asked for: the connection is of no further use
         else:
             self._stamp_ns = stamp_ns
@@ -209,7 +223,7 @@ class Connection:
                 exchange.first_byte_ns = stamp_ns
             if now_ns - stamp_ns > exchange.read_delay_ns:
                 exchange.read_delay_ns = now_ns - stamp_ns
-            self._parser.feed_data(data)
+            parser.feed_data(data)
 
     def _end_of_stream(self, now_ns: int) -> None:
         exchange = self.exchange
@@ -232,6 +246,7 @@ class Connection:
         if exchange is not None and exchange.end_ns is None:
             exchange.fault = fault
             exchange.end_ns = now_ns
+            self._ended = True
 
     # httptools calls these while it is fed
 
@@ -247,8 +262,7 @@ class Connection:
 
     def on_body(self, body: bytes) -> None:
         """Keep a piece of the body with the time at which it arrived."""
-        assert self.exchange is not None
-        self.exchange.pieces.append((self._stamp_ns, body))
+        self._keep((self._stamp_ns, body))
 
     def on_message_complete(self) -> None:
         """Mark the answer as whole."""

@@ -77,18 +77,29 @@ class Stream(msgspec.Struct):
 def decode_stream(pieces: Pieces, origin_ns: int) -> Stream:
     """Decode a stream's body; event times come out in nanoseconds after `origin_ns`."""
     stream = Stream(Events())
+    texts: list[str] = []
     stamps_ns: list[int] = []
     payloads: list[bytes] = []
-    for stamp_ns, payload in split_events(pieces):
+    for stamp_ns, payload in _whole_events(pieces) or split_events(pieces):
         if payload == b"[DONE]":
-            _append(stream, stamps_ns, payloads, origin_ns)
+            _append(stream, texts, stamps_ns, payloads, origin_ns)
             stamps_ns, payloads = [], []
             _push(stream.events, stamp_ns - origin_ns, DONE, 0, UNKNOWN_TOKENS)
         else:
             stamps_ns.append(stamp_ns)
             payloads.append(payload)
-    _append(stream, stamps_ns, payloads, origin_ns)
+    _append(stream, texts, stamps_ns, payloads, origin_ns)
+    stream.text = "".join(texts)
     return stream
+
+
+def _whole_events(pieces: Pieces) -> list[tuple[int, bytes]] | None:
+    """The events of a stream whose every piece is one event of one data line, as servers nearly always send it."""
+    body = b"".join([piece for _, piece in pieces])
+    plain = body.startswith(b"data: ") and body.count(b"\n\ndata: ") == len(pieces) - 1 and b"\r" not in body
+    if plain and body.count(b"\n") == 2 * len(pieces) and all(piece.endswith(b"\n\n") for _, piece in pieces):
+        return [(stamp_ns, piece[6:-2]) for stamp_ns, piece in pieces]
+    return None
 
 
 def split_events(pieces: Pieces) -> Iterator[tuple[int, bytes]]:
@@ -96,10 +107,6 @@ def split_events(pieces: Pieces) -> Iterator[tuple[int, bytes]]:
     standard has it."""
     tail = b""
     for stamp_ns, piece in pieces:
-        # what servers nearly always send: one event, whole, in one piece
-        if not tail and piece.endswith(b"\n\n") and piece.startswith(b"data: ") and piece.count(b"\n") == 2:
-            yield stamp_ns, piece[6:-2]
-            continue
         text = tail + piece if tail else piece
         if b"\r" in text:
             # a CR at the very end may be half of a CRLF
@@ -126,7 +133,7 @@ def _data_of(event: bytes) -> bytes | None:
     return data
 
 
-def _append(stream: Stream, stamps_ns: list[int], payloads: list[bytes], origin_ns: int) -> None:
+def _append(stream: Stream, texts: list[str], stamps_ns: list[int], payloads: list[bytes], origin_ns: int) -> None:
     if not payloads:
         return
     try:
@@ -135,11 +142,40 @@ def _append(stream: Stream, stamps_ns: list[int], payloads: list[bytes], origin_
         chunks = [_decode_or_none(payload) for payload in payloads]
     if len(chunks) != len(payloads):  # a payload such as `{},{}` is one event and not JSON
         chunks = [_decode_or_none(payload) for payload in payloads]
-    texts: list[str] = [stream.text]
-    for stamp_ns, payload, chunk in zip(stamps_ns, payloads, chunks, strict=True):
-        flags, chars, tokens = _digest(stream, chunk, payload, texts)
-        _push(stream.events, stamp_ns - origin_ns, flags, chars, tokens)
-    stream.text = "".join(texts)
+    events = stream.events
+    add_flags, add_chars, add_tokens = events.flags.append, events.chars.append, events.tokens.append
+    events.t_ns += [stamp_ns - origin_ns for stamp_ns in stamps_ns]
+    for payload, chunk in zip(payloads, chunks, strict=True):
+        content = _plain_content(chunk)
+        if content is None:
+            flags, chars, tokens = _digest(stream, chunk, payload, texts)
+            add_flags(flags)
+            add_chars(chars)
+            add_tokens(tokens)
+            continue
+        texts.append(content)
+        add_chars(len(content))
+        usage = chunk.usage if chunk is not None else None
+        if usage is None:
+            add_flags(CHOICES | CONTENT)
+            add_tokens(UNKNOWN_TOKENS)
+        else:
+            stream.usage = usage
+            add_flags(CHOICES | CONTENT | USAGE)
+            add_tokens(UNKNOWN_TOKENS if usage.completion_tokens is None else usage.completion_tokens)
+
+
+def _plain_content(chunk: _Chunk | None) -> str | None:
+    """The text of a chunk that has one choice with text and nothing else, as nearly every chunk; else None."""
+    if chunk is None or chunk.error is not None or not chunk.choices or len(chunk.choices) != 1:
+        return None
+    choice = chunk.choices[0]
+    delta = choice.delta
+    if delta is None or choice.finish_reason is not None or choice.text is not None:
+        return None
+    if delta.tool_calls is not None or delta.reasoning_content is not None or delta.reasoning is not None:
+        return None
+    return delta.content or None
 
 
 def _decode_or_none(payload: bytes) -> _Chunk | None:
@@ -151,11 +187,6 @@ def _decode_or_none(payload: bytes) -> _Chunk | None:
 
 def _digest(stream: Stream, chunk: _Chunk | None, payload: bytes, texts: list[str]) -> tuple[int, int, int]:
     """(flags, characters, cumulative tokens) of one event; notes what concerns the whole stream."""
-    if chunk is not None and chunk.error is None and chunk.choices and len(chunk.choices) == 1:
-        choice = chunk.choices[0]
-        delta = choice.delta
-        if delta is not None and delta.content and choice.finish_reason is None and not _more_than_content(delta):
-            return _plain_content(stream, chunk.usage, delta.content, texts)
     if chunk is None:
         stream.error = stream.error or f"not a chunk: {payload[:200]!r}"
         return MALFORMED, 0, UNKNOWN_TOKENS
@@ -194,20 +225,6 @@ def _digest(stream: Stream, chunk: _Chunk | None, payload: bytes, texts: list[st
             if delta.tool_calls:
                 flags |= TOOL
     return flags, chars, tokens
-
-
-def _more_than_content(delta: _Delta) -> bool:
-    return delta.tool_calls is not None or delta.reasoning_content is not None or delta.reasoning is not None
-
-
-def _plain_content(stream: Stream, usage: Usage | None, content: str, texts: list[str]) -> tuple[int, int, int]:
-    """The digest of nearly every chunk: one choice with text and nothing else."""
-    texts.append(content)
-    if usage is None:
-        return CHOICES | CONTENT, len(content), UNKNOWN_TOKENS
-    stream.usage = usage
-    tokens = usage.completion_tokens
-    return CHOICES | CONTENT | USAGE, len(content), UNKNOWN_TOKENS if tokens is None else tokens
 
 
 def _push(events: Events, t_ns: int, flags: int, chars: int, tokens: int) -> None:

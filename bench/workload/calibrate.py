@@ -14,6 +14,7 @@ from bench.workload.bodies import PATHS, Asking, Dialect, body
 from bench.workload.words import Tokenization, common_words, text
 
 _SHORT_WORDS, _LONG_WORDS = 16, 80
+_ENOUGH_WORDS = 64
 
 
 class ServerError(Exception):
@@ -121,16 +122,19 @@ def _single_token_words(server: Server, model: str) -> tuple[tuple[str, ...], bo
     words = common_words()
     if count_tokens(server, model, "a") is None:
         return words, False
-    kept = _keep_single(server, model, list(words))
-    return (tuple(kept), True) if len(kept) >= 50 else (words, False)
+    kept: list[str] = []
+    _keep_single(server, model, list(words), kept)
+    return (tuple(kept), True) if len(kept) >= _ENOUGH_WORDS else (words, False)
 
 
-def _keep_single(server: Server, model: str, words: list[str]) -> list[str]:
-    """Bisect: a group whose count is its number of words needs no look inside."""
+def _keep_single(server: Server, model: str, words: list[str], kept: list[str]) -> None:
+    """Bisect until there are enough: a group whose count is its number of words needs no look inside."""
+    if len(kept) >= _ENOUGH_WORDS:
+        return
     # a leading anchor makes every word one that follows a space
     if count_tokens(server, model, " ".join(["a", *words])) == len(words) + 1:
-        return words
-    if len(words) == 1:
-        return []
-    middle = len(words) // 2
-    return _keep_single(server, model, words[:middle]) + _keep_single(server, model, words[middle:])
+        kept += words
+    elif len(words) > 1:
+        middle = len(words) // 2
+        _keep_single(server, model, words[:middle], kept)
+        _keep_single(server, model, words[middle:], kept)

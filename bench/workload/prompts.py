@@ -28,6 +28,7 @@ class Prompt(msgspec.Struct):
     messages: list[Message]
     output_tokens: int
     prompt_tokens: int | None = None
+    model: str = ""  # where a trace says which; else the mix decides
     next_turn: NextTurn | None = None
 
 
@@ -114,7 +115,10 @@ class Turns:
 
         last = turn + 1 >= spec.option("turns")
         return Prompt(
-            messages, spec.output_tokens, tokens.tokens_for(count) if turn == 0 else None, None if last else next_turn
+            messages,
+            spec.output_tokens,
+            tokens.tokens_for(count) if turn == 0 else None,
+            next_turn=None if last else next_turn,
         )
 
 
@@ -147,12 +151,13 @@ def _first_pair(item: dict[str, list[dict[str, str]]]) -> tuple[str, str]:
 
 
 class TraceLine(msgspec.Struct):
-    """A request of a trace; hash ids name blocks of 512 tokens that equal ids share."""
+    """A request of a trace; hash ids name blocks of 512 tokens that equal ids share, `model` an adapter."""
 
     timestamp: float  # milliseconds after the trace's start
     input_length: int
     output_length: int
     hash_ids: list[int] = []
+    model: str = ""
 
 
 class Trace:
@@ -175,7 +180,8 @@ class Trace:
         if left:
             parts.append(text(words, left, seed, _CONTENT, nonce, index))
         asked = " ".join(part for part in parts if part)
-        return Prompt([{"role": "user", "content": asked}], line.output_length, self._tokens.tokens_for(count))
+        tokens = self._tokens.tokens_for(count)
+        return Prompt([{"role": "user", "content": asked}], line.output_length, tokens, line.model)
 
 
 def read_trace(spec: WorkloadSpec) -> list[TraceLine]:

@@ -20,7 +20,7 @@ FORMS = """random:IN/OUT[,spread=0.2]            random words, lengths in tokens
 prefix:IN/OUT[,groups=8,prefix=1024]  IN tokens of its own after one of `groups` shared prefixes
 turns:IN/OUT[,turns=4,next=64,think=0] conversations: first turn IN, later ones `next` tokens, think in seconds
 sharegpt:FILE[,out=N,max=1024]        first turns of a ShareGPT-format file
-trace:FILE[,speed=1]                  JSON lines of timestamp (ms), input_length, output_length, hash_ids?"""
+trace:FILE[,speed=1]                  JSON lines of timestamp (ms), input_length, output_length, hash_ids?, model?"""
 
 
 class WorkloadSpec(msgspec.Struct, frozen=True):

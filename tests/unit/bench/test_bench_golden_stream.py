@@ -116,7 +116,7 @@ def test_final_usage_gives_the_same_tpot_and_refuses_token_times() -> None:
 
 def test_compatibility_columns_print_what_the_tools_print() -> None:
     record = ideal(unframed(golden() + golden_end()))
-    vllm, sglang = compat.vllm(record), compat.sglang(record)
+    vllm, sglang = compat.vllm(read(record)), compat.sglang(read(record))
     assert (vllm.ttft_ms, vllm.tpot_ms, vllm.itl_mean_ms, vllm.itl_max_ms, vllm.e2el_ms, vllm.tokens) == (
         pytest.approx(20, abs=0.06),
         pytest.approx(11.5, abs=0.06),
@@ -132,20 +132,20 @@ def test_compatibility_columns_print_what_the_tools_print() -> None:
         pytest.approx(1166, abs=0.06),
         128,
     )
-    assert compat.guidellm(record).tpot_ms == pytest.approx(11.6, abs=0.06)
-    assert compat.guidellm(record).itl_mean_ms == pytest.approx(9.7, abs=0.06)
-    assert compat.aiperf(record).itl_mean_ms == pytest.approx(10.0)
-    assert compat.genai_perf(record).itl_mean_ms == pytest.approx(9.7, abs=0.06)
-    assert compat.genai_perf(record).itl_max_ms == pytest.approx(10.0)
-    evalscope = compat.evalscope(record)
+    assert compat.guidellm(read(record)).tpot_ms == pytest.approx(11.6, abs=0.06)
+    assert compat.guidellm(read(record)).itl_mean_ms == pytest.approx(9.7, abs=0.06)
+    assert compat.aiperf(read(record)).itl_mean_ms == pytest.approx(10.0)
+    assert compat.genai_perf(read(record)).itl_mean_ms == pytest.approx(9.7, abs=0.06)
+    assert compat.genai_perf(read(record)).itl_max_ms == pytest.approx(10.0)
+    evalscope = compat.evalscope(read(record))
     assert (evalscope.ttft_ms, evalscope.tpot_ms, evalscope.itl_mean_ms, evalscope.e2el_ms) == (
         pytest.approx(20, abs=0.06),
         pytest.approx(11.6, abs=0.06),
         pytest.approx(43.9, abs=0.06),
         pytest.approx(1165, abs=0.06),
     )
-    assert compat.llmperf(record).itl_mean_ms == pytest.approx(1160 / 27)
-    assert compat.mlperf(record).tpot_ms == pytest.approx(9.7, abs=0.06)
+    assert compat.llmperf(read(record)).itl_mean_ms == pytest.approx(1160 / 27)
+    assert compat.mlperf(read(record)).tpot_ms == pytest.approx(9.7, abs=0.06)
 
 
 def test_in_band_error_is_a_failure_that_vllm_and_sglang_count_as_success() -> None:
@@ -158,7 +158,7 @@ def test_in_band_error_is_a_failure_that_vllm_and_sglang_count_as_success() -> N
     assert read(sent).failure == "in-band error"
     record = ideal(unframed(steps))
     assert record.error is not None and "worker died" in record.error
-    vllm, sglang = compat.vllm(record), compat.sglang(record)
+    vllm, sglang = compat.vllm(read(record)), compat.sglang(read(record))
     assert (vllm.success, vllm.tokens, vllm.ttft_ms) == (True, 0, pytest.approx(20, abs=0.06))
     assert (sglang.success, sglang.tokens, sglang.tpot_ms) == (True, 128, pytest.approx(202 / 127))
 
@@ -168,8 +168,11 @@ def test_clean_end_without_finish_is_a_failure_that_others_count_as_success() ->
     sent, _ = send_one([*steps, (362.0, END)])
     assert read(sent).failure == "truncated"
     record = ideal(unframed(steps))
-    assert compat.vllm(record).success
-    assert (compat.sglang(record).success, compat.sglang(record).tpot_ms) == (True, pytest.approx(160 / 127))
+    assert compat.vllm(read(record)).success
+    assert (compat.sglang(read(record)).success, compat.sglang(read(record)).tpot_ms) == (
+        True,
+        pytest.approx(160 / 127),
+    )
 
 
 def test_connection_cut_inside_the_stream() -> None:

@@ -105,12 +105,13 @@ def test_trace_keeps_lengths_and_shared_blocks(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     lines = [
         {"timestamp": 100, "input_length": 1100, "output_length": 9, "hash_ids": [1, 2]},
-        {"timestamp": 0, "input_length": 600, "output_length": 3, "hash_ids": [1]},
+        {"timestamp": 0, "input_length": 600, "output_length": 3, "hash_ids": [1], "model": "legal"},
     ]
     path.write_bytes(b"\n".join(msgspec.json.encode(line) for line in lines))
     workload = build_workload(parse_spec(f"trace:{path},speed=2"), Tokenization(common_words()))
     early, late = (workload.prompt(n, Content(0, 0)) for n in (0, 1))
     assert (early.output_tokens, late.output_tokens) == (3, 9)
+    assert (early.model, late.model) == ("legal", "")
     words = [prompt.messages[0]["content"].split() for prompt in (early, late)]
     assert [len(part) for part in words] == [600, 1100]
     assert words[0][:512] == words[1][:512] and words[0][512:600] != words[1][512:600]

@@ -3,75 +3,43 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from bench_records import MS, S, answer, record_of, steady
 
+from bench import search
 from bench.config import RunConfig, load_config, resolved, workload_hash
 from bench.measure.compare import compare_targets, parse_gate, refuse_unlike
 from bench.measure.define import read
-from bench.measure.paired import paired_differences
-from bench.measure.record import (
-    CHOICES,
-    CONTENT,
-    DONE,
-    FINISH,
-    RECORD_VERSION,
-    Events,
-    Header,
-    Record,
-    RequestRecord,
-    Sample,
-    Segment,
-    read_record,
-    write_record,
-)
+from bench.measure.paired import PairedDifference, paired_differences
+from bench.measure.record import Events, Mark, Record, Sample, Segment, read_record, write_record
 from bench.measure.server import parse_metrics
 from bench.measure.slo import parse_slo
-from bench.measure.summary import summarize
-from bench.measure.verdict import Level, judge_run
+from bench.measure.summary import Summary, readings_by_segment
+from bench.measure.summary import summarize as summarize_readings
+from bench.measure.verdict import Level, Verdict
+from bench.measure.verdict import judge_run as judge_readings
 from bench.report.html import render
-from bench.search import Probe, next_rate
-
-MS = 1_000_000
-S = 1_000_000_000
+from bench.report.live import Silent
+from bench.search import Probe, falls_behind, next_rate
 
 
-def answer(
-    index: int, t0_ms: float, ttft_ms: float = 50, gap_ms: float = 10, tokens: int = 20, **extra: Any
-) -> RequestRecord:
-    times = [int((t0_ms + ttft_ms + gap_ms * k) * MS) for k in range(tokens)]
-    events = Events(
-        [*times, times[-1] + 1],
-        [CHOICES | CONTENT] * (tokens - 1) + [CHOICES | CONTENT | FINISH, DONE],
-        [5] * tokens + [0],
-        [*range(1, tokens + 1), -1],
-    )
-    fields: dict[str, Any] = {
-        "index": index, "segment": 0, "target": "a", "model": "m", "intended_ns": int(t0_ms * MS),
-        "sent_ns": int(t0_ms * MS), "end_ns": times[-1] + 2, "status": 200, "finish": "length",
-        "prompt_tokens": 100, "prompt_tokens_asked": 100, "output_tokens": tokens, "output_tokens_asked": tokens,
-        "cached_tokens": 0, "events": events,
-    }  # fmt: skip
-    return RequestRecord(**(fields | extra))
+def summarize(record: Record) -> Summary:
+    return summarize_readings(record, readings_by_segment(record))
 
 
-def record_of(
-    requests: list[RequestRecord], config: dict[str, Any] | None = None, segments: list[Segment] | None = None
-) -> Record:
-    held = resolved(RunConfig(rate=10.0, duration=60.0)) | (config or {})
-    header = Header(
-        RECORD_VERSION, "2026-01-01T00:00:00", 0, held, "hash", {"workers": 1}, {"a": {"version": "1"}},
-        segments or [Segment(0, "load", "a", 0, 0, 60 * S, 10.0)], "kernel",
-    )  # fmt: skip
-    return Record(header, requests)
+def judge_run(record: Record, summary: Summary) -> Verdict:
+    return judge_readings(record, readings_by_segment(record), summary)
 
 
-def steady(count: int = 600, **each: Any) -> list[RequestRecord]:
-    return [answer(n, n * 100.0, ttft_ms=50 + n % 7, **each) for n in range(count)]
+def paired_of(record: Record) -> list[PairedDifference]:
+    return paired_differences(record, readings_by_segment(record))
 
 
 def test_a_quiet_run_is_valid_and_its_figures_are_the_truth() -> None:
@@ -116,6 +84,7 @@ def test_failures_are_infinitely_slow_in_adjusted_tails_and_divide_goodput() -> 
         ({"prompt_tokens": 90}, Level.DOUBTFUL, "off the length asked"),
         ({"status": 503, "events": Events()}, Level.INVALID, "600 http 503"),
         ({"output_exact": True, "output_tokens_asked": 30}, Level.INVALID, "600 short"),
+        ({"output_tokens_asked": 30}, Level.DOUBTFUL, "67% of the tokens asked"),
     ],
 )
 def test_each_doubt_is_found(change: dict[str, Any], level: Level, said: str) -> None:
@@ -181,7 +150,7 @@ def test_interleaved_targets_are_paired_request_by_request() -> None:
             for n in range(10):
                 ttft = 100 + 10 * n + (slow if place == 0 else 0) * 0 + (2.0 if place else 0.0) + rng.normal(0, 0.5)
                 requests.append(answer(n, start_ms + n * 100, ttft, segment=number, target=name))
-    found = {d.metric: d for d in paired_differences(record_of(requests, {}, segments))}
+    found = {d.metric: d for d in paired_of(record_of(requests, {}, segments))}
     added = found["ttft_ms"].difference["mean"]
     assert added.value == pytest.approx(2.0, abs=0.2)
     assert added.low < 2.0 < added.high and added.high - added.low < 0.5
@@ -221,6 +190,56 @@ def test_capacity_search_closes_in_on_the_edge() -> None:
     assert len(probes) <= 12
 
 
+def test_an_edge_that_was_luck_is_lowered_until_it_is_kept_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+
+    def probe(now: Any, rate: float, *rest: Any) -> Probe:
+        lucky = rate <= 36 and rate not in tried
+        tried.append(rate)
+        return Probe(rate, rate <= 30 or lucky, "")
+
+    session = SimpleNamespace(warm_up=lambda observer: None, record=lambda: record_of([]))
+    monkeypatch.setattr(search, "session", lambda config: nullcontext(session))
+    monkeypatch.setattr(search, "_probe", probe)
+    found, _ = search.capacity(RunConfig(rate=1.0, slo="ttft_p99=100"), 1.0, Silent())
+    assert found.confirmed and found.rate is not None and 30 / 1.1**2 <= found.rate <= 30
+    assert max(tried) > 36 and [probe.kept for probe in found.probes[-3:]] == [False, True, True]
+    monkeypatch.setattr(search, "_probe", lambda now, rate, *rest: Probe(rate, False, ""))
+    nothing, _ = search.capacity(RunConfig(rate=1.0, slo="ttft_p99=100"), 1.0, Silent())
+    assert (nothing.rate, nothing.confirmed) == (None, False) and nothing.probes[-1].rate * 60 >= 1
+
+
+def test_a_server_that_falls_behind_is_told_from_one_that_fills_up() -> None:
+    rng = np.random.default_rng(0)
+    assert falls_behind([2.0 * n for n in range(20)])
+    assert not falls_behind([2.0 * n for n in range(10)])  # too early to say
+    assert not falls_behind(list(40 + rng.normal(0, 4, 40)))
+    assert not falls_behind([0.0] * 10 + [1.0] * 10 + [3.0] * 10)  # a handful is chance
+
+
+def test_what_became_of_requests_during_a_change_is_told() -> None:
+    requests = steady(100)
+    requests[50].finish = None
+    record = record_of(requests)
+    record.marks = [Mark(int(5.02 * S), "load fresh", int(0.1 * S)), Mark(8 * S, "unload fresh")]
+    summary = summarize(record)
+    assert [(c.name, c.in_flight, c.failed) for c in summary.changes] == [("load fresh", 4, 1), ("unload fresh", 3, 0)]
+    said = [finding.what for finding in judge_run(record, summary).findings]
+    assert "1 of 4 requests under way during 'load fresh' failed" in said
+    assert not any("unload fresh" in what for what in said)
+
+
+def test_a_loop_that_was_away_matters_where_no_kernel_stamps_arrivals() -> None:
+    record = record_of(steady(), {"arrivals": "constant"})
+    record.samples = [
+        Sample("worker:0", n * S, {"cpu_s": 0.0, "capped_ms": 0.0, "round_ms_max": 300.0}) for n in (1, 2)
+    ]
+    assert judge_run(record, summarize(record)).level is Level.VALID
+    record.header.stamps = "client"
+    verdict = judge_run(record, summarize(record))
+    assert verdict.level is Level.INVALID and "away from its sockets" in verdict.findings[0].what
+
+
 def test_objectives() -> None:
     assert [str(limit) for limit in parse_slo("mlperf:llama3.1-8b:interactive")] == [
         "ttft p99 <= 500 ms", "tpot p99 <= 30 ms",
@@ -249,7 +268,7 @@ def test_report_is_one_page_that_needs_nothing_else() -> None:
     record = record_of(requests)
     record.samples = [Sample("server:a", n * S, {"running": 3.0, "waiting": 0.0, "kv_usage": 0.2}) for n in range(10)]
     summary = summarize(record)
-    page = render(record, summary, judge_run(record, summary), [])
+    page = render(record, readings_by_segment(record), summary, judge_run(record, summary), [])
     assert "http://" not in page.replace("http://127.0.0.1", "") and "https://" not in page and "<script" not in page
     for expected in ("TTFT", "KV cache in use", "truncated", "by adapter", "requests in flight", "vLLM"):
         assert expected in page
@@ -266,7 +285,7 @@ def test_gateway_cpu_is_divided_by_the_events_it_relayed() -> None:
 def test_charts_are_well_formed_and_carry_their_data() -> None:
     record = record_of(steady(120))
     summary = summarize(record)
-    page = render(record, summary, judge_run(record, summary), [])
+    page = render(record, readings_by_segment(record), summary, judge_run(record, summary), [])
     drawings = [
         ElementTree.fromstring(part.split("</svg>")[0] + "</svg>")
         for part in page.split("<svg")[1:]
