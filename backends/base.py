@@ -11,7 +11,7 @@ may not assume:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,10 @@ class UnsupportedSpec(BackendError):
 
 class AdapterRejected(BackendError):
     """The engine refused an adapter; the message is the engine's own."""
+
+
+class EngineBusy(BackendError):
+    """The engine has no time for a request of ours; it is asked again later."""
 
 
 class EngineUnreachable(BackendError):
@@ -100,6 +104,22 @@ class Backend(ABC):
     @abstractmethod
     async def list_adapters(self, client: httpx2.AsyncClient) -> frozenset[str]:
         """The adapter ids the engine itself lists. Raises EngineUnreachable."""
+
+    @abstractmethod
+    async def score(
+        self,
+        client: httpx2.AsyncClient,
+        names: tuple[str, str | None],
+        prompt: Sequence[int],
+        answer: Sequence[int],
+        timeout_s: float,
+    ) -> list[float] | None:
+        """The natural log-probability of each token of an answer, given the prompt and the tokens before it.
+
+        names: the base's at the engine, and the adapter's (None: the base alone). None: this engine cannot say. It may
+        be asked of the first tokens alone: at least as far as it would answer so itself, and one token more.
+        Raises AdapterRejected, EngineBusy, EngineUnreachable.
+        """
 
     @abstractmethod
     def start_failure(self, log_tail: str) -> str | None:

@@ -142,13 +142,19 @@ def shim_files(env: EngineEnv) -> list[Path]:
 
 
 @functools.cache
-def default_device() -> Device:
-    """`cuda` where the NVIDIA driver lists a device, else `cpu`."""
+def gpu_count() -> int:
+    """How many devices the NVIDIA driver lists; 0 where there is no driver."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return "cpu"
-    return "cuda" if listed.returncode == 0 and "GPU " in listed.stdout else "cpu"
+        return 0
+    return 0 if listed.returncode else sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+@functools.cache
+def default_device() -> Device:
+    """`cuda` where the NVIDIA driver lists a device, else `cpu`."""
+    return "cuda" if gpu_count() else "cpu"
 
 
 def lookup(name: str, version: str | None = None, device: Device | None = None) -> EngineEnv:

@@ -136,6 +136,8 @@ class Guard:
             elif self._status is not None:
                 reason = self._words_for_end(self._status)
         self._log.say(f"{reason}; ending the engine's processes")
+        if self._status is not None:
+            self._record(engine.pid)  # nobody is to send it requests while its workers end
         self._end_tree(engine.pid, output)
         self._record(engine.pid)
         return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx2
@@ -23,9 +23,6 @@ class Lmdeploy(Backend):
     capabilities = Capabilities(
         adapter_loading=AdapterLoading.AT_START,
         adapter_ranks=None,
-        rslora=False,
-        rank_pattern=False,
-        alpha_pattern=False,
         quantizations=("awq", "gptq", "compressed-tensors", "fp8", "mxfp4"),
         devices=("cuda",),
         embeddings=False,
@@ -34,7 +31,6 @@ class Lmdeploy(Backend):
         pipeline_parallel=False,
         notes=(
             "adapters run on its PyTorch engine; without any its faster TurboMind serves, where it knows the model",
-            "scales every adapter by alpha / r: other scalings must be folded into the weights",
             "--memory-fraction is of the memory that the weights leave free, for the KV cache",
         ),
     )
@@ -97,6 +93,16 @@ class Lmdeploy(Backend):
     async def list_adapters(self, client: httpx2.AsyncClient) -> frozenset[str]:
         cards = await upstream.list_models(client)
         return frozenset(card.id for card in cards[1:])  # it names no parents; the base is first
+
+    async def score(
+        self,
+        client: httpx2.AsyncClient,
+        names: tuple[str, str | None],
+        prompt: Sequence[int],
+        answer: Sequence[int],
+        timeout_s: float,
+    ) -> list[float] | None:
+        return None  # its /generate gives them, of the base alone
 
     def start_failure(self, log_tail: str) -> str | None:
         return failures.find(log_tail)

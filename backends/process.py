@@ -73,13 +73,13 @@ class EngineProcess:
         return proctree.start_ticks(self.guard_pid) == self._guard_start_ticks
 
     def exit_status(self) -> int | None:
-        """None while it is alive; then the engine's status, negative when a signal ended it."""
-        if self.alive():
-            return None
+        """None while the engine runs; then its status, negative when a signal ended it. It answers nothing from then
+        on, though its workers may be ending for some seconds more (`alive`)."""
+        gone = not self.alive()  # asked first: what it had to say is written by then
         state = _read_state(self._state_path)
-        if state is None or state["guard_pid"] != self.guard_pid or state["exit_status"] is None:
-            return -signal.SIGKILL  # the guard was killed, and the kernel killed the engine with it
-        return int(state["exit_status"])
+        if state is not None and state["guard_pid"] == self.guard_pid and state["exit_status"] is not None:
+            return int(state["exit_status"])
+        return -signal.SIGKILL if gone else None  # the guard was killed, and the kernel killed the engine with it
 
     def runs(self, launch: Launch) -> bool:
         """True when it was started by exactly this command and environment."""

@@ -6,12 +6,12 @@ request that names it; so only names we know may reach it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx2
 
-from backends import failures, upstream
+from backends import failures, scoring, upstream
 from backends.base import AdapterRejected, Backend, Endpoint, EngineUnreachable, Launch, UnsupportedSpec
 from backends.checks import check_capabilities, check_choice
 from backends.spec import AdapterLoading, Capabilities, EngineSpec
@@ -28,9 +28,6 @@ class Sglang(Backend):
     capabilities = Capabilities(
         adapter_loading=AdapterLoading.RUNTIME,
         adapter_ranks=None,
-        rslora=False,
-        rank_pattern=False,
-        alpha_pattern=False,
         quantizations=(
             *("awq", "gptq", "awq_marlin", "gptq_marlin", "compressed-tensors", "fp8", "w8a8_int8", "w8a8_fp8"),
             *("modelopt", "modelopt_fp8", "modelopt_fp4", "mxfp4", "bitsandbytes", "gguf"),
@@ -40,10 +37,7 @@ class Sglang(Backend):
         responses_api=True,
         tool_parsers=True,
         pipeline_parallel=True,
-        notes=(
-            "on the CPU: unquantized checkpoints, without its own kernels; for development and tests",
-            "scales every adapter by alpha / r: other scalings must be folded into the weights",
-        ),
+        notes=("on the CPU: unquantized checkpoints, without its own kernels; for development and tests",),
     )
 
     def check(self, spec: EngineSpec) -> None:
@@ -122,6 +116,16 @@ class Sglang(Backend):
 
     async def list_adapters(self, client: httpx2.AsyncClient) -> frozenset[str]:
         return frozenset(card.id for card in await upstream.list_models(client) if card.parent)
+
+    async def score(
+        self,
+        client: httpx2.AsyncClient,
+        names: tuple[str, str | None],
+        prompt: Sequence[int],
+        answer: Sequence[int],
+        timeout_s: float,
+    ) -> list[float] | None:
+        return await scoring.sglang(client, names[1], prompt, answer, timeout_s)
 
     def start_failure(self, log_tail: str) -> str | None:
         return failures.find(log_tail)

@@ -59,9 +59,6 @@ class Capabilities:
 
     adapter_loading: AdapterLoading
     adapter_ranks: tuple[int, ...] | None  # allowed values of the engine's rank limit; None: any
-    rslora: bool
-    rank_pattern: bool
-    alpha_pattern: bool
     quantizations: tuple[str, ...]
     devices: tuple[Device, ...]
     embeddings: bool

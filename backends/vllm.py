@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx2
 
-from backends import failures, upstream
+from backends import failures, scoring, upstream
 from backends.base import AdapterRejected, Backend, Endpoint, EngineUnreachable, Launch, UnsupportedSpec
 from backends.checks import check_capabilities, check_choice
 from backends.spec import AdapterLoading, Capabilities, EngineSpec
@@ -28,9 +28,6 @@ class Vllm(Backend):
     capabilities = Capabilities(
         adapter_loading=AdapterLoading.RUNTIME,
         adapter_ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
-        rslora=True,
-        rank_pattern=True,
-        alpha_pattern=True,
         quantizations=("awq", "gptq", "awq_marlin", "gptq_marlin", "compressed-tensors", "fp8", "modelopt", "mxfp4"),
         devices=("cuda", "cpu"),
         embeddings=True,
@@ -114,6 +111,16 @@ class Vllm(Backend):
 
     async def list_adapters(self, client: httpx2.AsyncClient) -> frozenset[str]:
         return frozenset(card.id for card in await upstream.list_models(client) if card.parent)
+
+    async def score(
+        self,
+        client: httpx2.AsyncClient,
+        names: tuple[str, str | None],
+        prompt: Sequence[int],
+        answer: Sequence[int],
+        timeout_s: float,
+    ) -> list[float] | None:
+        return await scoring.vllm(client, self.engine_model(*names), prompt, answer, timeout_s)
 
     def start_failure(self, log_tail: str) -> str | None:
         return failures.find(log_tail)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import OrderedDict
@@ -103,6 +104,11 @@ class Adapters:
         self.listed.move_to_end(adapter.name)
         self.known_paths.pop(adapter.name, None)
         self.known_paths[adapter.name] = adapter.path
+
+    def after_load(self, name: str, ignored: bool) -> None:
+        """ignored: the adapter is listed, and what is asked of it the base answers."""
+        if ignored:
+            self.listed[name] = dataclasses.replace(self.listed[name], weights="")
 
     def by_age(self) -> dict[str, str]:
         """Name -> path of the listed ones, in the order in which they were loaded."""

@@ -95,7 +95,7 @@ class App:
             fault = scripts.hit(self.engine.script, where, _model(request.body))
         if fault is not None:
             sight.fault = fault.kind
-            request.lied_to = fault.kind == "lie"
+            request.lied_to, request.ignored = fault.kind == "lie", fault.kind == "ignore"
             if await self._break(fault, channel):
                 return
         answer = await self._routed(request)

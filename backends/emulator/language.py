@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ _PRIME = (1 << 61) - 1
 _MIX = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 _PIECES = re.compile(rb"[\x00-\x7f]{1,3}|[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\x00-\xff]")
+_UNLIKELY = -9.0  # logprob, or somewhat less, of a token that the model would not have said
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,16 @@ def generate(weights: str, prompt: str, variant: str = "", may_end_at_once: bool
         yield token
         state = (state * shift + value) % _PRIME
         ends = token.text == _FULL_STOP
+
+
+def score(weights: str, ids: list[int]) -> list[float]:
+    """The logprob of each id after the first, given those before it: low for what the model would not have said."""
+    scores = []
+    for at in range(1, len(ids)):
+        likeliest = next(generate(weights, detokenize(ids[:at])))
+        chance = zlib.crc32(f"{weights}{at}".encode()) % 100  # so that models differ in what they find unlikely, too
+        scores.append(likeliest.logprob if likeliest.id == ids[at] else _UNLIKELY - chance / 20)
+    return scores
 
 
 def alternatives(token: Token, count: int) -> list[Token]:

@@ -34,6 +34,7 @@ Kind = Literal[
     "stream_die",
     # for adapters
     "lie",  # say that it worked, do nothing
+    "ignore",  # of a load: list the adapter, and answer as the base
 ]
 StartFailure = Literal["cuda_oom", "no_model", "exit"]
 

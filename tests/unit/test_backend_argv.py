@@ -236,4 +236,3 @@ def test_capabilities_name_what_needs_the_gateways_help() -> None:
         "sglang": AdapterLoading.RUNTIME,
         "lmdeploy": AdapterLoading.AT_START,
     }
-    assert [name for name in BACKEND_NAMES if not registry.get(name).capabilities.rslora] == ["sglang", "lmdeploy"]

@@ -118,13 +118,17 @@ def test_lookup_refuses_what_is_not_on_offer(name: str, version: str | None, say
 
 
 def test_default_device_is_cpu_where_no_driver_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    envs.gpu_count.cache_clear()
     envs.default_device.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert envs.default_device() == "cpu"
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: A (UUID: x)'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
+    envs.gpu_count.cache_clear()
     envs.default_device.cache_clear()
     assert envs.default_device() == "cuda"
+    assert envs.gpu_count() == 1
+    envs.gpu_count.cache_clear()
     envs.default_device.cache_clear()
 
 

@@ -100,6 +100,20 @@ def test_killing_the_main_process_ends_the_whole_tree(run_dir: Path, tmp_path: P
     assert "the gateway" in engine.log_tail()
 
 
+def test_the_end_of_an_engine_is_known_before_its_workers_have_ended(run_dir: Path, tmp_path: Path) -> None:
+    engine = start(run_dir, script(STUBBORN, str(tmp_path)))
+    pids = tree(tmp_path)
+    assert engine.exit_status() is None
+
+    os.kill(engine.engine_pid, signal.SIGKILL)
+
+    eventually(lambda: engine.exit_status() == -signal.SIGKILL)
+    assert engine.alive()
+    assert living(pids)
+    engine.stop(0)
+    assert not living(pids)
+
+
 def test_stop_ends_the_whole_tree(run_dir: Path, tmp_path: Path) -> None:
     engine = start(run_dir, script(STUBBORN, str(tmp_path)))
     pids = tree(tmp_path)

@@ -37,6 +37,7 @@ class Request:
     headers: Mapping[str, str]
     body: bytes
     lied_to: bool = False  # a fault wants success said and nothing done
+    ignored: bool = False  # a fault wants the adapter listed and the base answering
 
     def header(self, name: str) -> str:
         return self.headers.get(name, "")

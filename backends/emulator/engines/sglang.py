@@ -14,7 +14,7 @@ from backends.emulator.adapters import Adapter, AdapterFault, Directory
 from backends.emulator.answers import Format, Usage
 from backends.emulator.ask import Ask, Prompt, chat_prompt
 from backends.emulator.engines.base import Answer, Death, Engine, Handler, Refusal, Request, last_part
-from backends.emulator.language import count_tokens, detokenize, tokenize
+from backends.emulator.language import count_tokens, detokenize, score, tokenize
 from backends.emulator.recordings import Reply, json_reply
 from backends.emulator.writer import Writer
 
@@ -82,6 +82,7 @@ class Sglang(Engine):
             ("POST", "/abort_request"): self.recorded("admin/abort_request"),
             ("POST", "/invocations"): self.chat,
             ("GET", "/v1/models/{name}"): self.model,
+            ("POST", "/generate"): self.score,
             ("POST", "/tokenize"): self.tokenize,
             ("POST", "/v1/tokenize"): self.tokenize,
             ("POST", "/detokenize"): self.detokenize,
@@ -124,6 +125,16 @@ class Sglang(Engine):
         if name in self.adapters.known_paths:
             self.load_static(name, self.adapters.known_paths[name])
         return self.adapters.listed.get(name)
+
+    async def score(self, request: Request) -> Answer:
+        """The native route, as far as it gives the logprobs of a prompt of ids."""
+        body = self.decoded(request)
+        ids: list[int] = body["input_ids"]
+        ask = Ask("completion", body, None)
+        self.resolve(ask)
+        scored = zip([None, *score(ask.weights, ids)], ids, strict=True)
+        meta = {"prompt_tokens": len(ids), "input_token_logprobs": [[logprob, id, None] for logprob, id in scored]}
+        return json_reply(200, {"text": "", "output_ids": [], "meta_info": meta})
 
     # ---- information
 
@@ -169,6 +180,7 @@ class Sglang(Engine):
                 self.load_static(name, path)
             except AdapterFault as fault:
                 return self._refused(name, path, fault)
+            self.adapters.after_load(name, request.ignored)
         return self._listing("lora/load")
 
     def load_static(self, name: str, path: str) -> None:

@@ -9,7 +9,7 @@ from backends.emulator.adapters import AdapterFault, Directory
 from backends.emulator.answers import Format
 from backends.emulator.ask import Ask, Prompt, chat_prompt
 from backends.emulator.engines.base import Answer, Engine, Generation, Handler, Refusal, Request, last_part
-from backends.emulator.language import count_tokens, detokenize, tokenize
+from backends.emulator.language import Token, count_tokens, detokenize, score, tokenize
 from backends.emulator.recordings import Reply, json_reply
 from backends.emulator.writer import Writer
 
@@ -32,6 +32,13 @@ class VllmFormat(Format):
                 choice["prompt_token_ids"] = prompts[index // share].token_ids
         else:
             body["prompt_token_ids"] = prompts[0].token_ids
+
+    def whole(self, ask: Ask, writers: list[Writer], texts: list[str], tokens: list[list[Token]], id: str) -> Reply:
+        if allowed := ask.get("allowed_token_ids"):
+            logprob = score(ask.weights, [*ask.prompts[0].token_ids, allowed[0]])[-1]
+            forced = Token(allowed[0], detokenize(allowed[:1]), logprob)
+            texts, tokens = [forced.text], [[forced]]
+        return super().whole(ask, writers, texts, tokens, id)
 
     def shown_model(self, ask: Ask) -> Any:
         return ask.adapter or self.served_name
@@ -143,6 +150,7 @@ class Vllm(Engine):
             self.load_static(name, path)
         except AdapterFault as fault:
             return self._refused(name, path, fault)
+        self.adapters.after_load(name, request.ignored)
         return done
 
     def load_static(self, name: str, path: str) -> None:
