@@ -77,8 +77,10 @@ def pull(model: str, progress: Progress | None = None) -> Path:
 
 
 def list_models() -> list[StoredModel]:
-    """What was brought and can be served: `demo`, then the hub models in the hub client's cache."""
+    """What was brought or made, and can be served: `demo`, quantized models, those in the hub client's cache."""
     found = [StoredModel(DEMO_MODEL, _demo_path(), _size_bytes(_demo_path()))] if _demo_path().is_dir() else []
+    made = sorted(path.parent for path in (home() / "models").glob("*/quant_report.json"))
+    found += [StoredModel(str(path), path, _size_bytes(path)) for path in made if not path.name.endswith(".partial")]
     if find_spec("huggingface_hub") is None:
         return found
     from huggingface_hub import scan_cache_dir

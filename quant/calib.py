@@ -19,7 +19,10 @@ BUNDLED = Path(__file__).parent / "texts.jsonl.gz"
 
 
 def read_records(path: Path | None) -> Iterator[dict[str, Any]]:
-    """Records of a JSONL file, or the bundled one: each has `messages` (a chat) or `text`. Raises BadCalibration."""
+    """Records of a JSONL file, or the bundled one: each has `messages` (a chat) or `text`, itself or in its `body`.
+
+    Raises BadCalibration.
+    """
     source = path or BUNDLED
     with gzip.open(source, "rt", encoding="utf-8") if path is None else source.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -29,6 +32,8 @@ def read_records(path: Path | None) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError as error:
                 raise BadCalibration(f"{source} line {number} is not JSON ({error})") from error
+            if isinstance(record, dict) and isinstance(record.get("body"), dict):
+                record = record["body"]  # a line of a batch file, or of a log of requests
             if not isinstance(record, dict) or not ("messages" in record or isinstance(record.get("text"), str)):
                 raise BadCalibration(f'{source} line {number}: expected {{"messages": [...]}} or {{"text": "..."}}')
             yield record

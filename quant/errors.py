@@ -4,6 +4,8 @@ QuantError
 ├── BadCheckpoint      missing, truncated or non-finite weights; files that disagree with each other
 ├── UnsupportedModel   a structure or a format that cannot be quantized (or already is)
 ├── BadCalibration     no usable calibration text
+├── BadAdapter         not a plain LoRA of this model
+├── NotServed          the engine did not come up, or did not answer
 ├── NotExact           a conversion that would change weights
 ├── JobConflict        the output exists, or its unfinished work belongs to another job
 └── BadHessian         calibration statistics GPTQ cannot solve with (caught: that group falls back to RTN)
@@ -26,6 +28,14 @@ class UnsupportedModel(QuantError):
 
 class BadCalibration(QuantError):
     """The calibration data cannot be used."""
+
+
+class BadAdapter(QuantError):
+    """The adapter is not a plain LoRA of this model, or its files cannot be read."""
+
+
+class NotServed(QuantError):
+    """The engine did not come up with the checkpoint, or did not answer."""
 
 
 class NotExact(QuantError):

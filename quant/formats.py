@@ -109,6 +109,9 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme:
         bits = config.get("bits", config.get("w_bit"))
         group_size = config.get("group_size", config.get("q_group_size"))
         symmetric = bool(config.get("sym", True)) if method == "gptq" else False
+        own = [pattern for pattern in config.get("dynamic") or {} if not pattern.startswith("-:")]
+        if own:
+            raise UnsupportedModel(f"`dynamic` gives {own[0]!r} a grid of its own; read here: one grid for all linears")
     if bits not in (4, 8) or not isinstance(group_size, int) or group_size < 8:
         raise UnsupportedModel(
             f"bits is {bits!r}, group_size {group_size!r}; read here: 4 or 8 bits, groups of 8 or more"

@@ -53,15 +53,19 @@ def gptq(w_NK: Tensor, gram_KK: Tensor, grid: Grid, dtype: torch.dtype, damping:
 
 
 def inverse_factor(gram_KK: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the damped inverse. Raises BadHessian when no allowed damping makes it exist."""
+    """The upper Cholesky factor of the damped inverse. Raises BadHessian when no allowed damping makes it exist.
+
+    With J the reversal of rows and J H J = L L^T, it is J L^-1 J: half the work of inverting H and factoring that.
+    """
     mean = gram_KK.diagonal().mean()
     while damping <= _LARGEST_DAMPING:
-        damped_KK = gram_KK.clone()
-        damped_KK.diagonal().add_(damping * mean)
-        lower_KK, failed = torch.linalg.cholesky_ex(damped_KK)
+        reversed_KK = gram_KK.flip(0, 1)
+        reversed_KK.diagonal().add_(damping * mean)
+        lower_KK, failed = torch.linalg.cholesky_ex(reversed_KK)
         if not failed:
-            factor_KK, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_KK), upper=True)
-            if not failed and bool(torch.isfinite(factor_KK).all()):
+            identity_KK = torch.eye(lower_KK.shape[0], device=lower_KK.device)
+            factor_KK = torch.linalg.solve_triangular(lower_KK, identity_KK, upper=False).flip(0, 1)
+            if bool(torch.isfinite(factor_KK).all()):
                 return factor_KK
         damping *= 10
     raise BadHessian(f"the Hessian is not positive definite even with {_LARGEST_DAMPING:.0%} damping")

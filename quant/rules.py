@@ -8,6 +8,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ class Facts:
     scheme: Scheme
     properties: Mapping[str, Any]
     linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # name -> (outputs, inputs)
+    architecture: str = ""  # as config.json names it; "" when it does not
 
     def __repr__(self) -> str:
         shown = " ".join(f"{name}={value}" for name, value in self.properties.items())
@@ -46,17 +48,27 @@ class Facts:
 
 def read_facts(directory: Path) -> Facts:
     """Read and cross-check a quantized checkpoint. Raises BadCheckpoint, UnsupportedModel."""
-    config = read_json(directory / "config.json").get("quantization_config")
-    if not isinstance(config, dict):
+    config = read_json(directory / "config.json")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
         raise UnsupportedModel(f"{directory} is not quantized: its config.json has no quantization_config")
-    scheme = read_scheme(config)
-    entries = read_entries(directory)
-    return Facts(scheme, _properties(scheme), _check_linears(entries, scheme))
+    scheme = read_scheme(quantization)
+    return facts_of(scheme, _check_linears(read_entries(directory), scheme), config)
+
+
+def facts_of(scheme: Scheme, linears: Mapping[str, tuple[int, int]], config: Mapping[str, Any]) -> Facts:
+    """The facts of a checkpoint with this scheme, these packed linears (name -> outputs, inputs) and config.json."""
+    return Facts(scheme, _properties(scheme), linears, next(iter(config.get("architectures") or ()), ""))
+
+
+def turbomind_knows(facts: Facts) -> bool:
+    """Whether LMDeploy serves this architecture by TurboMind; every other one by its PyTorch engine."""
+    return not facts.architecture or facts.architecture in _table()["turbomind_architectures"]
 
 
 def judge(facts: Facts, engine: str | None = None, device: str | None = None) -> list[Verdict]:
     """A verdict for every matching rule, in the table's order. `None` matches all engines, or all devices."""
-    rules = tomllib.loads(RULES.read_text())["rule"]
+    rules = _table()["rule"]
     wanted = [
         rule
         for rule in rules
@@ -70,6 +82,11 @@ def judge(facts: Facts, engine: str | None = None, device: str | None = None) ->
     return [_apply(rule, facts) for rule in wanted]
 
 
+@cache
+def _table() -> dict[str, Any]:
+    return tomllib.loads(RULES.read_text())
+
+
 def _apply(rule: Mapping[str, Any], facts: Facts) -> Verdict:
     def verdict(outcome: Outcome, reasons: list[str]) -> Verdict:
         return Verdict(rule["engine"], rule["device"], rule["verified"], outcome, tuple(reasons), rule.get("note", ""))
@@ -77,20 +94,15 @@ def _apply(rule: Mapping[str, Any], facts: Facts) -> Verdict:
     if "refused" in rule:
         return verdict("refused", [rule["refused"]])
     refusals = []
+    if rule["engine"] == "lmdeploy-turbomind" and not turbomind_knows(facts):
+        refusals.append(f"it does not know {facts.architecture}: LMDeploy serves that by its PyTorch engine")
     for name, allowed in rule.get("allow", {}).items():
         value = facts.properties[name]
         if value not in allowed:
             because = rule.get("because", {}).get(name)
             given = f"{name} is {_shown(value)}, allowed: {', '.join(_shown(choice) for choice in allowed)}"
             refusals.append(f"{given} ({because})" if because else given)
-    for axis, divisor in rule.get("multiple", {}).items():
-        sizes = {name: n if axis == "n" else k for name, (n, k) in facts.linears.items()}
-        bad = [name for name, size in sizes.items() if size % divisor]
-        if bad:
-            word = "outputs" if axis == "n" else "inputs"
-            refusals.append(
-                f"{len(bad)} linears have {word} not divisible by {divisor}, first {bad[0]} ({sizes[bad[0]]})"
-            )
+    refusals += _not_divisible(rule.get("multiple", {}), facts)
     if refusals:
         return verdict("refused", refusals)
     slow = [
@@ -98,7 +110,19 @@ def _apply(rule: Mapping[str, Any], facts: Facts) -> Verdict:
         for name, values in rule.get("slow", {}).items()
         if facts.properties[name] in values
     ]
+    slow += [f"{text}: not on the fast kernels" for text in _not_divisible(rule.get("fast_multiple", {}), facts)]
     return verdict("slow" if slow else "accepted", slow)
+
+
+def _not_divisible(divisors: Mapping[str, int], facts: Facts) -> list[str]:
+    texts = []
+    for axis, divisor in divisors.items():
+        sizes = {name: n if axis == "n" else k for name, (n, k) in facts.linears.items()}
+        bad = [name for name, size in sizes.items() if size % divisor]
+        if bad:
+            word = "outputs" if axis == "n" else "inputs"
+            texts.append(f"{len(bad)} linears have {word} not divisible by {divisor}, first {bad[0]} ({sizes[bad[0]]})")
+    return texts
 
 
 def _properties(scheme: Scheme) -> dict[str, Any]:

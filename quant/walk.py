@@ -85,7 +85,8 @@ class _Walk:
         self.options, self.skeleton, self.workspace, self.device = options, skeleton, workspace, device
         self.scheme = Scheme(options.format, options.grid, quantization_config(options.format, options.grid, []))
         self.tokens_BT = tokens_BT
-        self.hidden: list[Tensor] = []  # batches [b, T, H], in host memory
+        self.hidden: list[Tensor] = []  # batches [b, T, H], on `resting`
+        self.resting = self._resting_device()
         self.plans: dict[tuple[Any, ...], LayerPlan] = {}  # by the layer's shape
         self.skipped: dict[str, str] = {}  # full module name -> reason
 
@@ -93,7 +94,7 @@ class _Walk:
         started, layers = time.monotonic(), len(self.skeleton.layers)
         entries, fresh_s, fresh = [], 0.0, 0
         if self.tokens_BT is not None:
-            self.hidden = [self.skeleton.embed(batch).cpu() for batch in self._batches(self.tokens_BT)]
+            self.hidden = [self.skeleton.embed(batch).to(self.resting) for batch in self._batches(self.tokens_BT)]
         for index in range(layers):
             layer_started, shard = time.monotonic(), shard_name(index)
             resumed = self.workspace.has(shard)
@@ -148,7 +149,16 @@ class _Walk:
         weights = dequantized(moved, self.scheme, self.skeleton.checkpoint.dtype)
         relative = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
         with self.skeleton.loaded(index, relative) as layer, _fast_products():
-            self.hidden = [self.skeleton.run(layer, index, batch.to(self.device)).cpu() for batch in self.hidden]
+            moved_on = (self.skeleton.run(layer, index, batch.to(self.device)) for batch in self.hidden)
+            self.hidden = [batch.to(self.resting) for batch in moved_on]
+
+    def _resting_device(self) -> torch.device:
+        """Where hidden states wait between layers: the device if they take at most a quarter of what is free there."""
+        if self.tokens_BT is None or self.device.type != "cuda":
+            return torch.device("cpu")
+        channels = self.skeleton.model.get_input_embeddings().embedding_dim
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        return self.device if 4 * self.tokens_BT.numel() * channels <= free_bytes / 4 else torch.device("cpu")
 
     def _plan(self, index: int, layer: nn.Module) -> LayerPlan:
         key = tuple((name, tuple(tensor.shape)) for name, tensor in layer.state_dict().items())

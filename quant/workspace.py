@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quant.errors import BadCheckpoint, JobConflict
 from quant.headers import INDEX_NAME, read_entries, read_file_entries, read_json
+from quant.report import render
 
 _JOB = "job.json"
 _LOCK = ".lock"
@@ -105,6 +106,7 @@ class Workspace:
         write_json(self.partial / "config.json", config)
         if report is not None:
             write_json(self.partial / "quant_report.json", report)
+            (self.partial / "quant_report.html").write_text(render(report, source.name), encoding="utf-8")
         own = [
             file for file in sorted(self.partial.iterdir()) if file.name not in (_JOB, _LOCK) and file.suffix != ".tmp"
         ]

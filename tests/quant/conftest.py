@@ -32,11 +32,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma2": {"sliding_window": 16},
 }
+# Not a family: a Llama whose sizes all divide by 128, as TurboMind wants them.
+_WIDE = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
 
 
 @pytest.fixture(scope="session")
 def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Family name -> directory of a tiny checkpoint with a tokenizer and a chat template; never write into it."""
+    """Family name (or `wide`) -> directory of a tiny checkpoint with tokenizer and template; never write into it."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)
@@ -45,7 +47,9 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(family: str) -> Path:
         if family not in made:
             torch.manual_seed(1)
-            config = transformers.AutoConfig.for_model(family, **(_COMMON | FAMILIES[family]))
+            own = {"wide": _WIDE} | FAMILIES
+            kind = "llama" if family == "wide" else family
+            config = transformers.AutoConfig.for_model(kind, **(_COMMON | own[family]))
             model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():

@@ -149,6 +149,15 @@ def test_gptq_damps_harder_when_it_must_and_gives_up_when_it_cannot() -> None:
         gptq.gptq(w_NK, torch.zeros(128, 128), GRIDS[0], BF16)
 
 
+def test_the_factor_is_the_upper_one_of_the_damped_inverse() -> None:
+    _, _, gram_KK = make_case(k=256)
+    damped_KK = gram_KK.double() + 0.01 * gram_KK.diagonal().mean().double() * torch.eye(256).double()
+    factor_KK = gptq.inverse_factor(gram_KK, 0.01)
+    assert not factor_KK.tril(-1).any()
+    expected_KK = torch.linalg.cholesky(torch.linalg.inv(damped_KK), upper=True)
+    torch.testing.assert_close(factor_KK.double(), expected_KK, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_cuda_graph_rounds_as_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:

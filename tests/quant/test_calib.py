@@ -32,6 +32,13 @@ def test_chats_go_through_the_models_template(model_of: Callable[[str], Path], t
     assert tokenizer.decode(tokens[0]) == "<s>user: hi</s>"
 
 
+def test_a_log_of_requests_is_calibration_text_too(tmp_path: Path) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    (tmp_path / "c.jsonl").write_text(json.dumps({"custom_id": "1", "url": "/v1/chat/completions", "body": body}))
+    (record,) = read_records(tmp_path / "c.jsonl")
+    assert record == body
+
+
 def test_sequences_are_equal_disjoint_and_whole() -> None:
     assert cut(list(range(25)), samples=9, length_tokens=8).flatten().tolist() == list(range(24))
     assert cut(list(range(25)), samples=2, length_tokens=8).tolist() == [list(range(8)), list(range(8, 16))]

@@ -44,8 +44,9 @@ def test_quantize_verify_convert(model_of: Callable[[str], Path], tmp_path: Path
     assert made.exit_code == 0, made.output
     assert f"wrote {out}" in made.output
     assert json.loads((out / "quant_report.json").read_text())["options"]["method"] == "gptq"
+    assert "layer 1, self_attn.q_proj" in (out / "quant_report.html").read_text()
     manifest = json.loads((out / "manifest.json").read_text())
-    assert {"config.json", "model-00001.safetensors", "tokenizer.json"} <= manifest["files"].keys()
+    assert {"config.json", "quant_report.html", "model-00001.safetensors", "tokenizer.json"} <= manifest["files"].keys()
 
     verified = call("verify", out, "--json", "--original", model, "--text", text, "--samples", 4, "--tokens", 64)
     assert verified.exit_code == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,29 +12,11 @@ import pytest
 
 from quant.config import FORMATS, Format, Grid
 from quant.errors import BadCheckpoint, UnsupportedModel
-from quant.formats import quantization_config, read_scheme, shapes_of
+from quant.formats import quantization_config, read_scheme
 from quant.rules import Verdict, judge, read_facts
+from tests.support.quantized import write_checkpoint
 
-SIZES = {"model.layers.0.self_attn.q_proj": (256, 256), "model.layers.0.mlp.down_proj": (256, 512)}
 ALL = {"vllm/cuda", "vllm/cpu", "sglang/cuda", "lmdeploy-turbomind/cuda", "lmdeploy-pytorch/cuda"}
-
-
-def write_checkpoint(
-    directory: Path, form: Format, grid: Grid, config: dict[str, Any] | None = None, sizes: Any = SIZES
-) -> Path:
-    """Headers and zeros: what a static check sees of a checkpoint."""
-    directory.mkdir(exist_ok=True)
-    quantization = quantization_config(form, grid, ["lm_head"]) | (config or {})
-    (directory / "config.json").write_text(json.dumps({"quantization_config": quantization}))
-    header, offset = {}, 0
-    for module, (n, k) in sizes.items():
-        for suffix, shape in shapes_of(form, n, k, grid).items():
-            end = offset + 4 * math.prod(shape)
-            header[f"{module}.{suffix}"] = {"dtype": "I32", "shape": shape, "data_offsets": [offset, end]}
-            offset = end
-    encoded = json.dumps(header).encode()
-    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(offset))
-    return directory
 
 
 def verdicts(directory: Path, engine: str | None = None, device: str | None = None) -> dict[str, Verdict]:
@@ -87,6 +67,34 @@ def test_awq_without_zero_points_is_slow_or_refused(tmp_path: Path) -> None:
     assert found["lmdeploy-turbomind/cuda"].outcome == "refused"
 
 
+def test_lmdeploys_pytorch_engine_takes_small_symmetric_groups_of_compressed_tensors(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "q", "compressed-tensors", Grid(group_size=32, symmetric=True))
+    assert accepting(directory) == ALL
+    directory = write_checkpoint(tmp_path / "a", "compressed-tensors", Grid(group_size=32))
+    assert "lmdeploy-pytorch/cuda" not in accepting(directory)
+
+
+def test_turbomind_leaves_architectures_that_it_does_not_know_to_the_pytorch_engine(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "q", "awq", Grid(group_size=128), architecture="Gemma3ForCausalLM")
+    found = verdicts(directory, "lmdeploy")
+    assert found["lmdeploy-turbomind/cuda"].reasons == (
+        "it does not know Gemma3ForCausalLM: LMDeploy serves that by its PyTorch engine",
+    )
+    assert found["lmdeploy-pytorch/cuda"].outcome == "accepted"
+
+
+def test_sizes_that_fall_off_the_fast_kernels(tmp_path: Path) -> None:
+    """The demo model's 576 inputs on SGLang."""
+    directory = write_checkpoint(
+        tmp_path / "q", "awq", Grid(group_size=64), sizes={"model.layers.0.q_proj": (576, 576)}
+    )
+    found = verdicts(directory)
+    assert found["sglang/cuda"].outcome == "slow"
+    assert "inputs not divisible by 128, first model.layers.0.q_proj (576)" in found["sglang/cuda"].reasons[0]
+    assert found["sglang/cpu"].outcome == "refused"
+    assert found["vllm/cuda"].outcome == "accepted"
+
+
 def test_sizes_that_kernels_do_not_take(tmp_path: Path) -> None:
     sizes = {"model.layers.0.q_proj": (40, 256)}
     directory = write_checkpoint(tmp_path / "q", "awq", Grid(group_size=64), sizes=sizes)
@@ -122,6 +130,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     [
         ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'; allowed: awq"),
         ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "bits is 3"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:a": {}, "+:b": {"bits": 8}}}, "'.:b' a grid of its own"),
         ({"quant_method": "awq", "bits": 4, "group_size": -1}, "group_size -1"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "0 groups"),
         ({"quant_method": "compressed-tensors", "config_groups": {"g": {"format": "float-quantized"}}}, "'float-"),

@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from quant import workspace as workspace_module  # noqa: E402
 from quant.checkpoint import Checkpoint  # noqa: E402
+from quant.choice import group_size_for  # noqa: E402
 from quant.config import Grid, QuantOptions, default_symmetric  # noqa: E402
+from quant.convert import convert  # noqa: E402
 from quant.errors import BadCheckpoint, JobConflict, UnsupportedModel  # noqa: E402
 from quant.evaluate import evaluate  # noqa: E402
-from quant.rules import read_facts  # noqa: E402
+from quant.rules import judge, read_facts  # noqa: E402
 from quant.verify import round_trip  # noqa: E402
 from quant.walk import Progress, quantize_checkpoint  # noqa: E402
 
@@ -82,8 +84,11 @@ def test_folds_alone_change_nothing(model_of: Callable[[str], Path], tmp_path: P
     assert moved >= 5
 
 
-def test_unreached_experts_are_quantized_and_listed(model_of: Callable[[str], Path], tmp_path: Path) -> None:
-    options = options_for(model_of("qwen3_moe"), method="gptq").model_copy(
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_unreached_experts_are_quantized_and_listed(
+    method: str, model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = options_for(model_of("qwen3_moe"), method=method).model_copy(
         update={"calib_samples": 1, "calib_tokens": 8}
     )
     report = job(options, tmp_path / "out")
@@ -103,6 +108,22 @@ def test_layers_that_do_not_divide_are_left_alone_and_listed(model_of: Callable[
     assert left == ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
     assert "model.layers.0.mlp.down_proj" not in read_facts(out).linears
     assert evaluate(model, out, TOKENS_BT, CPU).kl_nats < 0.15
+
+
+def test_a_checkpoint_of_sizes_that_fit_is_taken_by_every_engine_that_reads_its_format(
+    model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Groups of 128 for TurboMind, chosen by themselves."""
+    model = model_of("wide")
+    assert group_size_for(model) == 128
+    grid = Grid(group_size=128, symmetric=True)
+    job(options_for(model, format="gptq", grid=grid), tmp_path / "gptq")
+    for form in ("awq", "compressed-tensors"):
+        convert(tmp_path / "gptq", form, tmp_path / form)
+    for form in ("awq", "gptq", "compressed-tensors"):
+        taking = {verdict.engine for verdict in judge(read_facts(tmp_path / form)) if verdict.outcome == "accepted"}
+        assert taking >= {"vllm", "sglang", "lmdeploy-turbomind"}
+        assert ("lmdeploy-pytorch" in taking) == (form == "awq")
 
 
 def test_skipping_one_linear_skips_those_fused_with_it(model_of: Callable[[str], Path], tmp_path: Path) -> None:
