@@ -1,4 +1,7 @@
-"""From an upload to stored contents: unpack, read, check against engines and base, keep. All or nothing."""
+"""From an upload to stored contents: unpack, read, check against engines and base, bring into canonical form, keep.
+
+All or nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gateway.adapters.manifest import Server, check_served, parse_config, parse_manifest
-from gateway.adapters.package import CONFIG, MANIFEST, WEIGHTS, Limits, Part, unpack
+from gateway.adapters.canonical import canonicalise
+from gateway.adapters.golden import read_reference
+from gateway.adapters.manifest import check_rank, parse_config
+from gateway.adapters.package import CONFIG, WEIGHTS, Limits, Part, unpack
 from gateway.adapters.shapes import BaseShapes, check_fit
-from gateway.adapters.storage import AdapterStorage, Stored
+from gateway.adapters.storage import AdapterStorage, Stored, sha256_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +23,7 @@ class Rules:
     """What an adapter must meet to be served here."""
 
     limits: Limits
-    servers: tuple[Server, ...]
+    max_rank: int
     base: BaseShapes
 
 
@@ -42,16 +47,17 @@ def take_in(parts: Sequence[Part], work: Path, rules: Rules, storage: AdapterSto
     unpacked = unpack(parts, directory, rules.limits)
     files = unpacked.files
     config = parse_config(files[CONFIG])
-    for server in rules.servers:
-        check_served(config, server)
-    if MANIFEST in files:
-        parse_manifest(files[MANIFEST])
+    check_rank(config, rules.max_rank)
+    goldens = read_reference(directory).goldens
     targets = check_fit(files[WEIGHTS], config, rules.base)
-    files[CONFIG].write_bytes(config.canonical)
-    metadata: dict[str, Any] = {}
+    sent = sha256_of(files)
+    canonical = canonicalise(files[CONFIG], files[WEIGHTS], config, rules.limits.total_bytes)
+    metadata: dict[str, Any] = {"gate": f"golden prompts: {len(goldens)}" if goldens else "none"}
+    if canonical.changes:
+        metadata["canonical"] = {"changes": list(canonical.changes), "sent_sha256": sent}
     if unpacked.skipped:
         metadata["skipped_files"] = list(unpacked.skipped[:20])
     if config.base_name:
         # Only told: trainers write paths and hub ids here, which say little. The shapes decided.
         metadata["trained_on"] = config.base_name
-    return Accepted(storage.commit(files), config.rank, targets, metadata)
+    return Accepted(storage.commit(files), canonical.rank, targets, metadata)

@@ -15,10 +15,11 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from gateway.adapters.manifest import AdapterConfig
+from gateway.adapters.patterns import MODULE_CHARS
 from gateway.adapters.tensors import FLOATS, BadTensors, Tensor, first_non_finite, read_header
 from gateway.errors import InvalidRequest
 
-_LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_LORA_KEY = re.compile(rf"base_model\.model\.(?P<module>.{{1,{MODULE_CHARS}}})\.lora_(?P<side>[AB])\.weight")
 # Wrappers that checkpoints and peft put before the same module, in either order.
 _PREFIXES = frozenset({"model", "language_model"})
 
@@ -39,13 +40,8 @@ def read_base(checkpoint: Path, name: str) -> BaseShapes:
     """Read a checkpoint's module shapes from its headers, quantized or not. Raises UnknownBase."""
     try:
         config = msgspec.json.decode((checkpoint / "config.json").read_bytes(), type=dict[str, Any])
-        files = sorted(checkpoint.glob("*.safetensors"))
-        index = checkpoint / "model.safetensors.index.json"
-        if index.is_file():
-            listed = msgspec.json.decode(index.read_bytes(), type=dict[str, Any])["weight_map"]
-            files = sorted({checkpoint / file for file in listed.values()})
         tensors: dict[str, Tensor] = {}
-        for file in files:
+        for file in weight_files(checkpoint):
             tensors |= read_header(file)
         modules = _modules(tensors, _bits(config))
     except (OSError, msgspec.DecodeError, KeyError, BadTensors) as error:
@@ -53,6 +49,24 @@ def read_base(checkpoint: Path, name: str) -> BaseShapes:
     if not modules:
         raise UnknownBase(f"{checkpoint} holds no safetensors weights, so an adapter's fit cannot be checked")
     return BaseShapes(name, modules)
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, as its index names them. Raises OSError, KeyError, DecodeError."""
+    index = checkpoint / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(checkpoint.glob("*.safetensors"))
+    listed = msgspec.json.decode(index.read_bytes(), type=dict[str, Any])["weight_map"]
+    return sorted({checkpoint / file for file in listed.values()})
+
+
+def is_quantized(checkpoint: Path) -> bool:
+    """Whether a checkpoint says that its weights are quantized; an unreadable one does not."""
+    try:
+        config = msgspec.json.decode((checkpoint / "config.json").read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError):
+        return False
+    return bool(config.get("quantization_config"))
 
 
 def _bits(config: dict[str, Any]) -> int:
@@ -72,18 +86,19 @@ def _modules(tensors: Mapping[str, Tensor], bits: int) -> dict[str, tuple[int, i
             continue
         rows, columns = tensor.shape
         if kind == "weight":  # [out, in]
-            modules[_bare(module)] = (columns, rows)
+            modules[bare_name(module)] = (columns, rows)
         elif kind == "weight_packed":  # compressed-tensors: [out, in / per_word]
-            modules[_bare(module)] = (columns * per_word, rows)
+            modules[bare_name(module)] = (columns * per_word, rows)
         elif kind == "qweight":
             scales = tensors.get(f"{module}.scales")
             outputs = scales.shape[1] if scales else columns
             # AWQ packs along the outputs ([in, out / per_word]), GPTQ along the inputs ([in / per_word, out]).
-            modules[_bare(module)] = (rows, outputs) if columns != outputs else (rows * per_word, outputs)
+            modules[bare_name(module)] = (rows, outputs) if columns != outputs else (rows * per_word, outputs)
     return modules
 
 
-def _bare(module: str) -> str:
+def bare_name(module: str) -> str:
+    """A module's or tensor's name without the wrappers before it."""
     parts = module.split(".")
     while parts and parts[0] in _PREFIXES:
         parts.pop(0)
@@ -93,6 +108,17 @@ def _bare(module: str) -> str:
 def check_fit(weights: Path, config: AdapterConfig, base: BaseShapes) -> tuple[str, ...]:
     """The short names of the modules that the adapter changes. Raises InvalidRequest, naming the tensor at fault."""
     tensors = _open(weights)
+    pairs = lora_pairs(tensors)
+    for module, sides in sorted(pairs.items()):
+        _check_pair(module, sides, tensors, config, base)
+    broken = first_non_finite(weights, tensors)
+    if broken is not None:
+        raise _bad(f"tensor {broken} holds infinities or NaN: the training diverged", "bad_weights")
+    return tuple(sorted({module.rpartition(".")[2] for module in pairs}))
+
+
+def lora_pairs(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """The base model's module -> its tensors' names by side, "A" and "B". Raises InvalidRequest for other tensors."""
     pairs: dict[str, dict[str, str]] = {}
     for name, tensor in tensors.items():
         match = _LORA_KEY.fullmatch(name)
@@ -105,12 +131,7 @@ def check_fit(weights: Path, config: AdapterConfig, base: BaseShapes) -> tuple[s
         if tensor.dtype not in FLOATS:
             raise _bad(f"tensor {name} is {tensor.dtype}; save the adapter as {', '.join(FLOATS)}", "bad_weights")
         pairs.setdefault(match["module"], {})[match["side"]] = name
-    for module, sides in sorted(pairs.items()):
-        _check_pair(module, sides, tensors, config, base)
-    broken = first_non_finite(weights, tensors)
-    if broken is not None:
-        raise _bad(f"tensor {broken} holds infinities or NaN: the training diverged", "bad_weights")
-    return tuple(sorted({module.rpartition(".")[2] for module in pairs}))
+    return pairs
 
 
 def _open(weights: Path) -> dict[str, Tensor]:
@@ -131,13 +152,11 @@ def _check_pair(
     for missing in {"A", "B"} - sides.keys():
         other = next(iter(sides.values()))
         raise _bad(f"{other} has no lora_{missing} beside it: the file is incomplete", "bad_weights")
-    size = base.modules.get(_bare(module))
+    size = base.modules.get(bare_name(module))
     if size is None:
         raise _wrong_base(f"tensor {sides['A']} is for {module}, which {base.name} does not have", config, base)
     inputs, outputs = size
-    # Which module a rank_pattern names is not looked up: its keys are regular expressions of the client's.
-    own_rank = tensors[sides["A"]].shape[0] if tensors[sides["A"]].shape else 0
-    rank = own_rank if own_rank in config.rank_pattern.values() else config.r
+    rank = config.rank_of(module)
     for side, expected in (("A", (rank, inputs)), ("B", (outputs, rank))):
         found = tensors[sides[side]].shape
         if found == expected:

@@ -122,6 +122,11 @@ class AdapterStorage:
         return tuple(orphans)
 
 
+def sha256_of(files: Mapping[str, Path]) -> str:
+    """The digest (hex) by which files of these names would be stored."""
+    return _digest(files)[0]
+
+
 def _digest(files: Mapping[str, Path]) -> tuple[str, int]:
     """SHA-256 over the sorted names and digests of the files, and their size in bytes."""
     whole, size_bytes = hashlib.sha256(), 0

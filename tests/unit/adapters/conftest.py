@@ -8,28 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from backends.spec import AdapterLoading, Capabilities
 from gateway.adapters.intake import Accepted, Rules, take_in
-from gateway.adapters.manifest import Server
 from gateway.adapters.package import Limits, Part
 from gateway.adapters.shapes import BaseShapes, read_base
 from gateway.adapters.storage import AdapterStorage
 from tests.support.checkpoints import write_checkpoint
 from tests.support.peft_files import TINY
-
-CAPABLE = Capabilities(
-    adapter_loading=AdapterLoading.RUNTIME,
-    adapter_ranks=None,
-    rslora=True,
-    rank_pattern=True,
-    alpha_pattern=True,
-    quantizations=(),
-    devices=("cpu",),
-    embeddings=True,
-    responses_api=True,
-    tool_parsers=True,
-    pipeline_parallel=True,
-)
 
 
 @dataclass
@@ -61,12 +45,9 @@ def base(tmp_path: Path) -> BaseShapes:
 
 @pytest.fixture
 def make_intake(tmp_path: Path, base: BaseShapes) -> Callable[..., Intake]:
-    def make(
-        total_bytes: int = 4_000_000, state: Path | None = None, servers: tuple[Server, ...] | None = None
-    ) -> Intake:
+    def make(total_bytes: int = 4_000_000, state: Path | None = None) -> Intake:
         state = state or tmp_path / "state"
-        servers = servers or (Server("vllm", CAPABLE, max_rank=16),)
-        return Intake(state, AdapterStorage(state), Rules(Limits(total_bytes, members=50), servers, base))
+        return Intake(state, AdapterStorage(state), Rules(Limits(total_bytes, members=50), 16, base))
 
     return make
 

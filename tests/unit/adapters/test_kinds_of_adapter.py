@@ -12,17 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gateway.adapters.manifest import Server
 from gateway.adapters.shapes import UnknownBase, read_base
 from gateway.errors import GatewayError
 from tests.support.archives import files_of, tar_of, zip_of
 from tests.support.checkpoints import write_checkpoint
 from tests.support.peft_files import ATTENTION, MLP, TINY, Adapter, write_adapter
-from tests.unit.adapters.conftest import CAPABLE, Intake
-
-WEAK = Server(
-    "sglang", dataclasses.replace(CAPABLE, rslora=False, rank_pattern=False, alpha_pattern=False), max_rank=16
-)
+from tests.unit.adapters.conftest import Intake
 
 
 def upload(intake: Intake, folder: Path) -> Any:
@@ -45,10 +40,10 @@ def adapter(tmp_path: Path, **config: Any) -> Path:
     [
         ({"peft_type": "IA3"}, ["'IA3'", "merge_and_unload"]),
         ({"peft_type": None}, ["None"]),
-        ({"use_dora": True}, ["DoRA", "merge_and_unload"]),
+        ({"use_dora": True}, ["DoRA", "gateway adapters merge"]),
         ({"bias": "lora_only"}, ["bias='none'"]),
         ({"lora_bias": True}, ["lora_bias=False"]),
-        ({"modules_to_save": ["lm_head"]}, ["modules_to_save", "lm_head", "merge_and_unload"]),
+        ({"modules_to_save": ["lm_head"]}, ["modules_to_save", "lm_head", "gateway adapters merge"]),
         ({"trainable_token_indices": [1]}, ["trainable_token_indices"]),
         ({"layer_replication": [[0, 1]]}, ["layer_replication"]),
         ({"target_parameters": ["experts.gate_up_proj"]}, ["target_parameters", "target_modules"]),
@@ -61,6 +56,8 @@ def adapter(tmp_path: Path, **config: Any) -> Path:
         ({"init_lora_weights": "corda"}, ["corda"]),
         ({"init_lora_weights": "loftq"}, ["loftq"]),
         ({"rank_pattern": {"(a+)+": 4}}, ["(a+)+"]),
+        ({"alpha_pattern": {"*": 4}}, ["no regular expression"]),
+        ({"alpha_pattern": {f"{i}.*": 4 for i in range(17)}}, ["more than 16 with a '*'"]),
     ],
     ids=str,
 )
@@ -75,28 +72,14 @@ def test_harmless_initialisations(intake: Intake, tmp_path: Path, init: bool | s
     assert upload(intake, adapter(tmp_path, init_lora_weights=init)).rank == 8
 
 
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"use_rslora": True}, ["use_rslora", "lora_alpha to 45.2548"]),
-        ({"rank_pattern": {"q_proj": 4}}, ["rank_pattern"]),
-        ({"alpha_pattern": {"q_proj": 4}}, ["alpha_pattern"]),
-    ],
-    ids=str,
-)
-def test_what_one_engine_ignores_is_refused_there_only(
-    make_intake: Callable[..., Intake], tmp_path: Path, config: dict[str, Any], words: list[str]
-) -> None:
-    folder = adapter(tmp_path, **config)
-    error = refusal(make_intake(servers=(WEAK,)), folder)
-    assert error.code == "unsupported_adapter"
-    assert all(word in error.message for word in ["sglang", *words]), error.message
-    assert upload(make_intake(), folder)
-
-
 @pytest.mark.parametrize("value", ["8", 8.5, None, True, 10**30])
 def test_rank_of_a_wrong_type(intake: Intake, tmp_path: Path, value: Any) -> None:
     assert refusal(intake, adapter(tmp_path, r=value)).code in ("bad_config", "rank_too_high")
+
+
+@pytest.mark.parametrize("value", [10**400, 1e7, "2"])
+def test_alpha_that_is_no_sensible_number(intake: Intake, tmp_path: Path, value: Any) -> None:
+    assert refusal(intake, adapter(tmp_path, lora_alpha=value)).code == "bad_config"
 
 
 @pytest.mark.parametrize("value", [0, -1])
@@ -164,7 +147,7 @@ def test_more_layers_than_the_base(intake: Intake, tmp_path: Path) -> None:
 
 def test_another_name_of_the_base_is_only_told(intake: Intake, tmp_path: Path) -> None:
     accepted = upload(intake, write_adapter(tmp_path / "adapter", base="/home/me/checkpoint"))
-    assert accepted.metadata == {"trained_on": "/home/me/checkpoint"}
+    assert accepted.metadata == {"gate": "none", "trained_on": "/home/me/checkpoint"}
 
 
 @pytest.mark.parametrize("side", ["lora_A", "lora_B"])
