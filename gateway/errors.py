@@ -3,15 +3,18 @@
     GatewayError
     ├── InvalidRequest        400  invalid_request_error
     ├── Unauthenticated       401  invalid_request_error   (code invalid_api_key)
+    ├── Forbidden             403  invalid_request_error   (code insufficient_permissions)
     ├── NotFound              404  invalid_request_error
     │   └── ModelNotFound     404  invalid_request_error   (code model_not_found)
     ├── MethodNotAllowed      405  invalid_request_error
     ├── Conflict              409  invalid_request_error   (never retried: x-should-retry false)
     ├── PayloadTooLarge       413  invalid_request_error
-    ├── RateLimited           429  rate_limit_error
+    ├── RateLimited           429  rate_limit_error        (code rate_limit_exceeded)
+    │   └── QuotaExceeded     429  insufficient_quota      (never retried: x-should-retry false)
     ├── InternalError         500  server_error
     ├── EngineError           502  server_error            (an engine broke off or answered nonsense)
     ├── Unavailable           503  server_error            (nothing can take the request now)
+    │   └── Overloaded        503  server_error            (code overloaded; with retry-after-ms)
     ├── EngineTimeout         504  server_error
     └── StorageFull           507  server_error
 
@@ -31,6 +34,7 @@ class GatewayError(Exception):
     code: str | None = None
     should_retry: bool | None = None  # sent as x-should-retry when not None
     retry_after_s: int | None = None  # sent as retry-after when not None
+    retry_after_ms: int | None = None  # sent as retry-after-ms and, rounded up, as retry-after when not None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -48,7 +52,10 @@ class GatewayError(Exception):
         headers = []
         if self.should_retry is not None:
             headers.append((b"x-should-retry", b"true" if self.should_retry else b"false"))
-        if self.retry_after_s is not None:
+        if self.retry_after_ms is not None:
+            headers.append((b"retry-after-ms", b"%d" % self.retry_after_ms))
+            headers.append((b"retry-after", b"%d" % -(-self.retry_after_ms // 1000)))
+        elif self.retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % self.retry_after_s))
         return headers
 
@@ -66,6 +73,14 @@ class Unauthenticated(GatewayError):
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+
+
+class Forbidden(GatewayError):
+    """The key is known, and does not open this."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "insufficient_permissions"
 
 
 class NotFound(GatewayError):
@@ -108,6 +123,15 @@ class RateLimited(GatewayError):
 
     status = 429
     type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class QuotaExceeded(RateLimited):
+    """The key's budget is spent: waiting a moment does not help. The SDK retries 429 unless told otherwise."""
+
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+    should_retry = False
 
 
 class InternalError(GatewayError):
@@ -126,6 +150,12 @@ class Unavailable(GatewayError):
 
     status = 503
     retry_after_s = 1
+
+
+class Overloaded(Unavailable):
+    """All replicas are busy, and waiting would take longer than the request can wait."""
+
+    code = "overloaded"
 
 
 class EngineTimeout(GatewayError):

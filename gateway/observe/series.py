@@ -86,6 +86,45 @@ KEEPALIVES = Metric("tunegate_keepalives", "counter", "Comments sent to keep sil
 RELAY_CPU = Metric(
     "tunegate_relay_cpu_seconds", "counter", "CPU time of a relay process.", ("relay",), per_unit=MICROSECONDS
 )
+ADAPTER_WAITING = Metric(
+    "tunegate_adapter_waiting_requests", "gauge", "Requests that wait for their adapter to be loaded.", ("relay",)
+)
+ADAPTER_MISSES = Metric(
+    "tunegate_adapter_misses", "counter", "Requests whose adapter was loaded nowhere when they came.", ("relay",)
+)
+QUEUE_DEPTH = Metric("tunegate_queue_depth", "gauge", "Requests that wait for room at a replica.", ("relay",))
+QUEUE_WAIT = Metric(
+    "tunegate_queue_wait_seconds",
+    "histogram",
+    "How long requests waited for room, of those that had to and were served.",
+    (),
+    MICROSECONDS,
+    _DURATION_S,
+)
+REFUSALS = Metric(
+    "tunegate_queue_refusals",
+    "counter",
+    "Requests told to come later: too_late (could not start in time), full, yielded (to another key), expired.",
+    ("reason",),
+)
+RETRIES = Metric(
+    "tunegate_retries",
+    "counter",
+    "Requests sent to another replica before the client had a byte, by what went wrong; no_budget: that were not.",
+    ("reason",),
+)
+EJECTIONS = Metric(
+    "tunegate_replica_ejections",
+    "counter",
+    "A relay stays away from a replica for a while: circuit (failures in a row), outlier (more than the others).",
+    ("replica", "reason"),
+)
+CONTINUATIONS = Metric(
+    "tunegate_stream_continuations",
+    "counter",
+    "Streams whose engine was lost: continued on another, or not: unfit (cannot be continued), failed.",
+    ("outcome",),
+)
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -101,5 +140,13 @@ METRICS: dict[str, Metric] = {
         UPSTREAM_ERRORS,
         KEEPALIVES,
         RELAY_CPU,
+        QUEUE_DEPTH,
+        QUEUE_WAIT,
+        REFUSALS,
+        RETRIES,
+        EJECTIONS,
+        CONTINUATIONS,
+        ADAPTER_WAITING,
+        ADAPTER_MISSES,
     )
 }

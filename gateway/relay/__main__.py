@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable
@@ -18,14 +20,17 @@ from pathlib import Path
 import msgspec
 import uvloop
 
+from gateway import tls
 from gateway.observe.cells import Cells, Peers
 from gateway.observe.log import AccessLog
+from gateway.observe.usage import Usage
+from gateway.relay import policy
 from gateway.relay.account import Meter
 from gateway.relay.app import App
-from gateway.relay.forward import Limits
-from gateway.relay.link import follow
+from gateway.relay.link import Link
 from gateway.relay.server import Server
-from gateway.snapshot import Snapshot
+from gateway.relay.traffic import Limits
+from gateway.snapshot import Delta, Snapshot
 
 _TICK_S = 1.0
 _FIRST_SNAPSHOT_S = 5.0  # control sends it at once where it runs
@@ -50,25 +55,39 @@ async def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
     own = Cells(cells.pop(args.index))
     log = AccessLog(sys.stderr.fileno(), loop)
     meter = Meter(own, Peers(cells), args.index, log.add)
-    app = App(loop, meter, Limits(args.max_body_bytes, args.request_timeout_s), args.run_dir, _note)
+    usage = Usage(args.run_dir / f"relay-{args.index}.usage", args.relays)
+    link = Link(args.run_dir / "snapshots.sock", args.index, _note)
+    limits = Limits(
+        args.max_body_bytes,
+        args.request_timeout_s,
+        args.adapter_wait_s,
+        args.max_in_flight,
+        -(-args.max_waiting // args.relays),
+        args.max_wait_s,
+        args.routing,
+    )
+    context = _certificate(args)
+    app = App(loop, meter, usage, limits, args.run_dir, _note, link.ask, functools.partial(_reload, args, context))
     server = Server(app.handle, loop)
     _every_second(loop, (app.tick, server.tick))
     informed = asyncio.Event()
 
-    def apply(snapshot: Snapshot) -> None:
-        app.apply(snapshot)
+    def apply(news: Snapshot | Delta) -> None:
+        app.apply(news)
         informed.set()
 
-    link = loop.create_task(follow(args.run_dir / "snapshots.sock", args.index, apply, _note))
+    following = loop.create_task(link.follow(apply, app.not_loaded))
     gc.collect()
     gc.freeze()  # what is here stays: no collection needs to look at it again
     # Connections wait in the socket's queue, or go to another relay, rather than meet one that knows no models.
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(informed.wait(), _FIRST_SNAPSHOT_S)
-    await server.start(listener)
+    await server.start(listener, context)
     await stopping.wait()
+    app.draining = True
+    await server.settle(args.settle_s)
     await server.drain(args.drain_timeout_s)
-    link.cancel()
+    following.cancel()
     meter.tick()
     log.flush()
 
@@ -84,6 +103,25 @@ def _every_second(loop: asyncio.AbstractEventLoop, calls: tuple[Callable[[], Non
     loop.call_later(_TICK_S, tick)
 
 
+def _certificate(args: argparse.Namespace) -> ssl.SSLContext | None:
+    """What clients are served with; None for plain HTTP."""
+    if args.tls_cert is None:
+        return None
+    try:
+        return tls.server_context(args.tls_cert, args.tls_key)
+    except tls.TlsError as error:  # it was good when the gateway started
+        sys.exit(f"gateway: {error}")
+
+
+def _reload(args: argparse.Namespace, context: ssl.SSLContext | None) -> None:
+    """Serve new connections with the certificate as it is on the disk now; a bad one changes nothing."""
+    try:
+        if context is not None:
+            tls.reload(context, args.tls_cert, args.tls_key)
+    except tls.TlsError as error:
+        _note(f"the certificate stays as it was: {error}")
+
+
 def _note(text: str) -> None:
     """A line for the operator, among the access log's."""
     os.write(sys.stderr.fileno(), msgspec.json.encode({"ts": time.time(), "note": text}) + b"\n")
@@ -97,7 +135,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, required=True, help="where the sockets and cells are")
     parser.add_argument("--max-body-bytes", type=int, default=16_000_000)
     parser.add_argument("--request-timeout-s", type=int, default=600)
+    parser.add_argument("--adapter-wait-s", type=int, default=60)
+    parser.add_argument("--routing", choices=policy.ROUTINGS, default="least-load")
+    parser.add_argument("--max-in-flight", type=int, default=1024)
+    parser.add_argument("--max-waiting", type=int, default=1024)
+    parser.add_argument("--max-wait-s", type=int, default=60)
+    parser.add_argument("--settle-s", type=int, default=0)
     parser.add_argument("--drain-timeout-s", type=int, default=30)
+    parser.add_argument("--tls-cert", type=Path)
+    parser.add_argument("--tls-key", type=Path)
     return parser.parse_args()
 
 

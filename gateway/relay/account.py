@@ -7,16 +7,21 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 from gateway.observe import series
-from gateway.observe.cells import IN_FLIGHT_ROW, Cells, CellsFull, Peers
+from gateway.observe.cells import IN_FLIGHT_ROW, WAITING, Cells, CellsFull, Peers
 from gateway.observe.log import Access
+from gateway.observe.series import Metric
 from gateway.relay.http import Request
-from gateway.relay.route import Engine
+from gateway.relay.route import Candidate, Engine
 
-_OTHER_MODELS = "(other)"  # where a model is counted for which there is no room
+_OTHER_MODELS = "(other)"  # where a model is counted that has no series of its own
+_MODELS_COUNTED = 500  # that have; it bounds /metrics, whatever is registered
+_TAKEN_OVER_EVERY_S = 0.1  # at most: giving a model's series to another costs as much as several requests
 
 _TTFT_BOUNDS = series.TTFT.bounds
 _TOKEN_TIME_BOUNDS = series.TOKEN_TIME.bounds
 _DURATION_BOUNDS = series.DURATION.bounds
+_QUEUE_WAIT_BOUNDS = series.QUEUE_WAIT.bounds
+_ONE_A_MODEL = tuple(metric for metric in series.METRICS.values() if metric.labels == ("model",))
 
 
 class ModelCells:
@@ -31,11 +36,13 @@ class ModelCells:
         "requests",
         "token_time",
         "ttft",
+        "used",
     )
 
     def __init__(self, cells: Cells, label: str) -> None:
         """Raises CellsFull."""
         self.label = label
+        self.used = True  # since it was last looked at for one unused
         self.prompt_tokens = cells.series(series.PROMPT_TOKENS, label)
         self.completion_tokens = cells.series(series.COMPLETION_TOKENS, label)
         self.ttft = cells.series(series.TTFT, label)
@@ -56,8 +63,15 @@ class Meter:
         self._models: dict[str, ModelCells] = {}
         self._plain: dict[tuple[str, int], int] = {}
         self._other = ModelCells(cells, _OTHER_MODELS)
+        self._taken_over_s = 0.0
+        self._continue()
         self._keepalives = cells.series(series.KEEPALIVES, str(relay))
+        self._queue_wait = cells.series(series.QUEUE_WAIT)
+        cells.name_cell(series.QUEUE_DEPTH, WAITING, str(relay))
         self._cpu = cells.series(series.RELAY_CPU, str(relay))
+        self._adapter_waiting = cells.series(series.ADAPTER_WAITING, str(relay))
+        self._misses = cells.series(series.ADAPTER_MISSES, str(relay))
+        self._misses_before = self._values[self._misses]
         self._cpu_before_us = self._values[self._cpu]
 
     # In flight
@@ -66,13 +80,17 @@ class Meter:
         """Which replica a row stands for, from now on. Raises CellsFull."""
         self._cells.name_row(series.IN_FLIGHT, row, replica_id)
 
-    def enter(self, engine: Engine) -> None:
-        """A request goes to `engine`; matched by exactly one `leave`."""
-        self._values[IN_FLIGHT_ROW + engine.row] += 1
+    def enter(self, candidate: Candidate) -> None:
+        """A request goes to a replica, by one of its models; matched by exactly one `leave`."""
+        values, cell = self._values, candidate.cell
+        values[IN_FLIGHT_ROW + candidate.engine.row] += 1
+        values[cell] += 1
+        values[cell + 1] += 1
 
-    def leave(self, engine: Engine) -> None:
+    def leave(self, candidate: Candidate) -> None:
         """It is over."""
-        self._values[IN_FLIGHT_ROW + engine.row] -= 1
+        self._values[IN_FLIGHT_ROW + candidate.engine.row] -= 1
+        self._values[candidate.cell] -= 1
 
     def look(self, now_s: float) -> None:
         """Bring the other relays' share of `in_flight` up to date. now_s: monotonic."""
@@ -82,7 +100,42 @@ class Meter:
         """Requests at a replica, of all relays; ours as of now, the others' as of the last look."""
         return self._values[IN_FLIGHT_ROW + row] + self._peers.in_flight(row)
 
+    def adapter_waits(self, requests: int, ever: int) -> None:
+        """Requests that wait for an adapter to be loaded, now and since this process began."""
+        self._values[self._adapter_waiting] = requests
+        self._values[self._misses] = self._misses_before + ever
+
+    def load(self, row: int) -> tuple[int, int]:
+        """Requests at a replica now: this relay's, and those of all others."""
+        return self._values[IN_FLIGHT_ROW + row], self._peers.in_flight_now(row)
+
+    # Waiting
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether there are other relays."""
+        return self._peers.any
+
+    def queued(self, count: int) -> None:
+        """So many requests wait for room at this relay; the others see it."""
+        self._values[WAITING] = count
+
+    def rivals(self) -> int:
+        """Other relays at which requests wait."""
+        return self._peers.waiting()
+
+    def waited(self, wait_s: float) -> None:
+        """A request got its slot after so long."""
+        _observe(self._values, self._queue_wait, _QUEUE_WAIT_BOUNDS, int(wait_s * 1e6))
+
     # Events
+
+    def count(self, metric: Metric, *labels: str) -> None:
+        """One more of a counter."""
+        try:
+            self._values[self._cells.series(metric, *labels)] += 1
+        except CellsFull:
+            return  # the request itself is still counted
 
     def keepalive(self) -> None:
         """A comment was sent on a silent stream."""
@@ -90,10 +143,7 @@ class Meter:
 
     def upstream_error(self, engine: Engine, kind: str) -> None:
         """A replica failed. kind: one of those that the metric's help lists."""
-        try:
-            self._values[self._cells.series(series.UPSTREAM_ERRORS, engine.id, kind)] += 1
-        except CellsFull:
-            return  # the request itself is still counted
+        self.count(series.UPSTREAM_ERRORS, engine.id, kind)
 
     def tick(self) -> None:
         """A second has passed."""
@@ -102,19 +152,51 @@ class Meter:
 
     # Requests
 
-    def model(self, label: str) -> ModelCells:
-        """The cells of a model that exists; names that do not must never come here."""
+    def _continue(self) -> None:
+        """Take over the models that an earlier process of this relay counted."""
+        for (label,) in self._cells.labels(series.DURATION):
+            if label != _OTHER_MODELS:
+                self._models[label] = ModelCells(self._cells, label)
+        for route, label, status in self._cells.labels(series.REQUESTS):
+            if label in self._models:
+                self._models[label].requests[route, int(status)] = self._request_cell(route, label, int(status))
+
+    def _model(self, label: str) -> ModelCells:
+        """The cells of a model. They are its own only until the next call."""
         model = self._models.get(label)
         if model is None:
             try:
-                model = ModelCells(self._cells, label)
+                if len(self._models) >= _MODELS_COUNTED and not self._drop_unused():
+                    return self._other
+                model = self._models[label] = ModelCells(self._cells, label)
             except CellsFull:
-                model = self._other
-            self._models[label] = model
+                return self._other
+        model.used = True
         return model
+
+    def _drop_unused(self) -> bool:
+        """Forget the counts of the model unused for longest, or nearly; False: not so soon. Raises CellsFull."""
+        now_s = time.monotonic()
+        if now_s - self._taken_over_s < _TAKEN_OVER_EVERY_S:
+            return False
+        self._taken_over_s = now_s
+        while True:
+            label = next(iter(self._models))
+            model = self._models.pop(label)
+            if not model.used:
+                break
+            model.used = False
+            self._models[label] = model  # a second chance, behind the others
+        for metric in _ONE_A_MODEL:
+            self._cells.drop(metric, label)
+        for route, status in model.requests:
+            self._cells.drop(series.REQUESTS, route, label, str(status))
+        return True
 
     def plain(self, request: Request, route: str, status: int, outcome: str, path: str | None = None) -> None:
         """A request that went to no engine. path: for the log, where the metric's label is coarser."""
+        if request.account is not None:
+            request.account.leave(0)
         key = (route, status)
         cell = self._plain.get(key)
         if cell is None:
@@ -132,7 +214,7 @@ class Meter:
         self,
         request: Request,
         route: str,
-        model: ModelCells,
+        label: str,
         replica: str | None,
         status: int,
         outcome: str,
@@ -141,10 +223,16 @@ class Meter:
         completion_tokens: int | None,
         first_s: float,
     ) -> None:
-        """A request for a model that exists. first_s: when its first event came (monotonic), 0 if none did."""
+        """A request for a model that exists: names that do not must never come here.
+
+        label: of the model. first_s: when its first event came (monotonic), 0 if none did.
+        """
         now_s = time.monotonic()
         duration_s = now_s - request.started_s
+        if request.account is not None:
+            request.account.leave((prompt_tokens or 0) + (completion_tokens or 0))
         values = self._values
+        model = self._model(label)
         cell = model.requests.get((route, status))
         if cell is None:
             cell = model.requests[route, status] = self._request_cell(route, model.label, status)
@@ -166,7 +254,7 @@ class Meter:
                 _observe(values, model.token_time, _TOKEN_TIME_BOUNDS, each_us)
         self._log(
             Access(
-                time.time(), request.id.decode(), request.key_id, route, model.label, replica, status, stream,
+                time.time(), request.id.decode(), request.key_id, route, label, replica, status, stream,
                 prompt_tokens, completion_tokens, ttft_ms, round(duration_s * 1e3, 3), outcome,
             )
         )  # fmt: skip

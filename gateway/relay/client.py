@@ -188,12 +188,13 @@ class ClientConnection(asyncio.Protocol):
         request = self._serving
         assert request is not None
         self._send(
-            b"%b%bcontent-length: %d\r\nx-request-id: %b\r\n%b\r\n%b"
+            b"%b%bcontent-length: %d\r\nx-request-id: %b\r\n%b%b\r\n%b"
             % (
                 status_line(status),
                 headers,
                 len(body),
                 request.id,
+                request.limit_headers,
                 b"" if request.keep_alive else b"connection: close\r\n",
                 body if request.method != b"HEAD" else b"",
             )
@@ -219,19 +220,21 @@ class ClientConnection(asyncio.Protocol):
             else:
                 request.keep_alive = False  # the end of the connection is the end of the body
         self._send(
-            b"%b%b%bx-request-id: %b\r\n%b\r\n"
+            b"%b%b%bx-request-id: %b\r\n%b%b\r\n"
             % (
                 status_line(status),
                 headers,
                 framing,
                 request.id,
+                request.limit_headers,
                 b"" if request.keep_alive else b"connection: close\r\n",
             )
         )
 
     def write(self, data: bytes) -> None:
         """The next piece of the body. Not empty."""
-        self._send(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        if not self._transport.is_closing():
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     def end(self) -> None:
         """The body is complete."""
@@ -257,6 +260,11 @@ class ClientConnection(asyncio.Protocol):
         self._still_s += 1
         if self._still_s >= (_LINGER_S if self._closing else IDLE_LIMIT_S):
             self._transport.abort()
+
+    def end_after_answer(self) -> None:
+        """Close once what is being answered is answered; go on where nothing is."""
+        if self._serving is not None:
+            self._serving.keep_alive = False
 
     def drain(self) -> None:
         """Finish what is being answered, then close."""

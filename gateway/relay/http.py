@@ -7,6 +7,10 @@ import itertools
 import os
 import re
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gateway.relay.limits import Account
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 JSON = b"content-type: application/json\r\n"
@@ -40,7 +44,10 @@ def header_lines(headers: list[tuple[bytes, bytes]]) -> bytes:
 class Request:
     """The head of a client's request, and the pieces of its body not yet handed on."""
 
-    __slots__ = ("complete", "headers", "id", "keep_alive", "key_id", "method", "path", "pieces", "started_s", "target")
+    __slots__ = (
+        "account", "complete", "headers", "id", "keep_alive", "key_id", "limit_headers", "method", "path", "pieces",
+        "started_s", "target",
+    )  # fmt: skip
 
     def __init__(self, method: bytes, target: bytes, headers: dict[bytes, bytes], keep_alive: bool) -> None:
         self.method = method
@@ -50,6 +57,8 @@ class Request:
         self.keep_alive = keep_alive
         self.id = request_id(headers.get(b"x-request-id"))
         self.key_id: str | None = None  # who asks, set once authenticated
+        self.account: Account | None = None  # where it is counted; left by whoever counts the request's end
+        self.limit_headers = b""  # lines for the answer: what the key may still use
         self.started_s = time.monotonic()
         self.pieces: list[bytes] = []
         self.complete = False  # the whole body has arrived

@@ -19,7 +19,7 @@ _HOP_BY_HOP = frozenset(
         b"trailer", b"transfer-encoding", b"upgrade", b"expect", b"content-length",
     }
 )  # fmt: skip
-_NOT_FORWARDED = _HOP_BY_HOP | {b"authorization", b"x-request-id"}
+_NOT_FORWARDED = _HOP_BY_HOP | {b"authorization", b"x-request-id", b"x-tunegate-key-id"}
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id", b"date", b"server"}
 
 
@@ -107,7 +107,11 @@ class ControlProxy:
         self._client.write(data)
 
     def upstream_end(self) -> None:
-        self._upstream = None
+        # We close, not control: it may answer before it has read all, and what is sent to a closed socket would break
+        # the connection with the answer still in it.
+        connection, self._upstream = self._upstream, None
+        if connection is not None:
+            connection.abort()
         self._client.resume_body()  # control may answer without having read it all; the next request comes behind it
         self._client.end()
         self._finish(self._status, "ok")
@@ -133,11 +137,13 @@ class ControlProxy:
         lines = [b"%b %b HTTP/1.1\r\n" % (request.method, request.target)]
         lines += [b"%b: %b\r\n" % item for item in request.headers.items() if item[0] not in _NOT_FORWARDED]
         lines.append(b"x-request-id: %b\r\n" % request.id)
+        if request.key_id is not None:
+            lines.append(b"x-tunegate-key-id: %b\r\n" % request.key_id.encode())
         if self._chunked:
             lines.append(b"transfer-encoding: chunked\r\n")
         elif request.declared_bytes is not None:
             lines.append(b"content-length: %d\r\n" % request.declared_bytes)
-        return b"".join(lines) + b"connection: close\r\n\r\n"
+        return b"".join(lines) + b"\r\n"
 
     def _fail(self, error: GatewayError) -> None:
         if self._status:

@@ -9,6 +9,8 @@ import msgspec
 
 from gateway.errors import InvalidRequest
 
+_ABSENT = msgspec.Raw(b"null")
+
 
 class StreamOptions(msgspec.Struct):
     """The one member that the relay acts on; the others go to the engine as they are."""
@@ -26,6 +28,10 @@ class Head(msgspec.Struct, gc=False):
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    # with one of these an answer is more than text (see `plain`); as they stand
+    tools: msgspec.Raw = _ABSENT
+    response_format: msgspec.Raw = _ABSENT
+    logprobs: msgspec.Raw = _ABSENT
     # adapters, by engine-side name or by path
     lora_path: None = None
     lora_name: None = None
@@ -49,8 +55,15 @@ class Head(msgspec.Struct, gc=False):
     # code
     custom_logit_processor: None = None
 
+    @property
+    def plain(self) -> bool:
+        """Nothing speaks at first sight against continuing the answer on another replica."""
+        return self.tools is _ABSENT and self.response_format is _ABSENT and self.logprobs is _ABSENT
 
-RESERVED = frozenset(Head.__struct_fields__) - {"model", "stream", "stream_options"}
+
+RESERVED = frozenset(Head.__struct_fields__) - {
+    "model", "stream", "stream_options", "tools", "response_format", "logprobs",
+}  # fmt: skip
 _ADAPTER_FIELDS = frozenset({"lora_path", "lora_name", "adapter_name"})
 
 _decode = msgspec.json.Decoder(Head).decode

@@ -1,4 +1,4 @@
-"""Where a request goes: the snapshot compiled for look-ups, and the choice among replicas as a pure function.
+"""Where a request can go: the snapshot compiled for look-ups. Who of several gets it is policy.py's.
 
 A name is compiled when it is first asked for, so that neither a snapshot's arrival nor a request depends on how many
 adapters are registered.
@@ -10,12 +10,16 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from gateway.errors import ModelNotFound, Unavailable
+from gateway.observe.cells import ADAPTER_ROW
+from gateway.relay.awaiting import Awaiting, NotResident
+from gateway.relay.health import Health
+from gateway.relay.split import Split
 from gateway.relay.upstream import Origin
-from gateway.snapshot import Model, Replica, Snapshot
+from gateway.snapshot import Delta, Model, Replica, Snapshot
 
 _NAMES_COMPARED = 200  # for "did you mean"; a bound on what a wrong name can cost
 _NAMES_LISTED = 3
@@ -30,7 +34,7 @@ class Engine:
     backend: str
     origin: Origin
     head: bytes  # the request headers that are the same every time
-    avoid_until_s: float = 0.0  # monotonic; it refused a connection a moment ago
+    health: Health = field(default_factory=Health)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +45,7 @@ class Candidate:
     model: str  # what this engine calls it
     override: bytes  # `,"model":"..."` to append, empty where the engine knows the public name
     engine_name: re.Pattern[bytes] | None  # `"model":"..."` in its answers, None where nothing is to rewrite
+    cell: int = ADAPTER_ROW  # first of its row there (observe.cells)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,16 +55,20 @@ class Route:
     label: str  # of metrics and logs
     public: bytes  # `"model":"..."`, as answers should have it; escaped for re.sub
     adapter: str | None
-    candidates: tuple[Candidate, ...]  # accepting, not empty
+    candidates: tuple[Candidate, ...]  # accepting; not empty where `Table.resolve` answers with it
+    split: Split | None = None  # a canary takes some of its requests
 
 
 class Table:
-    """One snapshot, compiled."""
+    """The picture of control, compiled. Names change in it as control says; whoever holds a route keeps it as it is."""
 
-    def __init__(self, snapshot: Snapshot, engines: dict[str, Engine]) -> None:
-        """engines: replica id -> what the relay keeps for it, of accepting replicas only."""
+    def __init__(self, snapshot: Snapshot, engines: dict[str, Engine], awaiting: Awaiting | None = None) -> None:
+        """engines: replica id -> what the relay keeps for it, of accepting replicas only.
+
+        awaiting: where requests wait for an adapter that is not loaded; None: they do not.
+        """
+        self.awaiting = awaiting or Awaiting(lambda _: None, 0.0, 0)
         self.version = snapshot.version
-        self.key_digests = snapshot.key_digests
         self.task = snapshot.task
         self._models = snapshot.models
         self._engines = engines
@@ -69,12 +78,33 @@ class Table:
     def __repr__(self) -> str:
         return f"<Table v{self.version}: {len(self._models)} names on {', '.join(self._engines) or 'no replica'}>"
 
+    def change(self, delta: Delta) -> None:
+        """Take over changed names: it costs what changed."""
+        self.version = delta.version
+        for name in delta.removed:
+            self._models.pop(name, None)
+            self._routes.pop(name, None)
+        for name in delta.changed:
+            self._routes.pop(name, None)
+        self._models.update(delta.changed)
+
+    def take_rest(self, rest: Snapshot, engines: dict[str, Engine]) -> None:
+        """Take over everything but the names: here too, because requests whose body still comes hold this table."""
+        self.task = rest.task
+        self._engines = engines
+        self._routes.clear()
+
     def resolve(self, name: str) -> Route:
-        """The route of a public name. Raises ModelNotFound, or Unavailable with the reason."""
+        """The route of a public name. Raises ModelNotFound, Unavailable with the reason, or NotResident."""
         route = self._routes.get(name)
         if route is None:
             route = self._routes[name] = self._compile(name)
         return route
+
+    def loads(self, name: str) -> bool:
+        """Whether its adapter is loaded when a request waits for it."""
+        model = self._models.get(name)
+        return model.on_demand if model is not None else _versioned(name) in self._models
 
     def unready(self) -> str | None:
         """Why no base model can be served; None when one can."""
@@ -89,34 +119,29 @@ class Table:
     def _compile(self, name: str) -> Route:
         model = self._models.get(name)
         if model is None:
+            if _versioned(name) in self._models:
+                raise NotResident(name)  # versions are listed only where they are loaded: control knows them
             raise _not_found(name, self._models)
+        route = self._route(name, model)
+        if not route.candidates:
+            if model.on_demand:
+                raise NotResident(name)
+            raise Unavailable(_why(name, model))
+        if model.canary is not None:
+            other = self._route(name, model.canary.model)
+            if other.candidates:
+                return replace(route, label=model.canary.stay, split=Split(other, model.canary.share))
+        return route
+
+    def _route(self, name: str, model: Model) -> Route:
+        """How a model is reached under a name; its candidates may be none."""
         candidates = tuple(
-            _candidate(name, self._engines[replica], engine_model)
+            _candidate(name, self._engines[replica], engine_model, model.rows.get(replica, ADAPTER_ROW))
             for replica, engine_model in model.engine_models.items()
             if replica in self._engines
         )
-        if not candidates:
-            raise Unavailable(_why(name, model))
         public = b'"model":' + json.dumps(name).encode()
         return Route(model.id, public.replace(b"\\", rb"\\"), model.adapter, candidates)
-
-
-def pick(candidates: Sequence[Candidate], in_flight: Callable[[int], int], now_s: float, turn: int) -> Candidate:
-    """The candidate with the least in flight; equals take turns. One that just refused a connection comes last.
-
-    in_flight: row -> requests over all relays. turn: a number that grows from call to call.
-    """
-    if len(candidates) == 1:
-        return candidates[0]
-    best: Candidate | None = None
-    least = (True, 0)
-    for i in range(len(candidates)):
-        candidate = candidates[(turn + i) % len(candidates)]
-        load = (candidate.engine.avoid_until_s > now_s, in_flight(candidate.engine.row))
-        if best is None or load < least:
-            best, least = candidate, load
-    assert best is not None
-    return best
 
 
 def engine_head(replica: Replica) -> bytes:
@@ -135,11 +160,18 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(name[:200], list(alike), _NAMES_LISTED)
 
 
-def _candidate(name: str, engine: Engine, engine_model: str) -> Candidate:
+def _candidate(name: str, engine: Engine, engine_model: str, cell: int) -> Candidate:
     if engine_model == name:
-        return Candidate(engine, engine_model, b"", None)
+        return Candidate(engine, engine_model, b"", None, cell)
     quoted = json.dumps(engine_model).encode()
-    return Candidate(engine, engine_model, b',"model":' + quoted, re.compile(rb'"model":\s*' + re.escape(quoted)))
+    pattern = re.compile(rb'"model":\s*' + re.escape(quoted))
+    return Candidate(engine, engine_model, b',"model":' + quoted, pattern, cell)
+
+
+def _versioned(name: str) -> str | None:
+    """The bare name of `name@vN`."""
+    bare, found, version = name.rpartition("@v")
+    return bare if found and version.isdecimal() else None
 
 
 def _not_found(name: str, known: dict[str, Model]) -> ModelNotFound:

@@ -2,7 +2,8 @@
 
 Work is done on all whole events of a read at once, by searches that run in C; single events are looked at only where
 a search hit. The searches are safe on undecoded JSON: inside a JSON string a quote is escaped, so `"usage":` found
-unescaped is a key.
+unescaped is a key. What most reads are, one token's event in which nothing is to be changed, takes a shorter way and
+comes out as the object that went in.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from gateway.relay.answers import Usage
 KEEPALIVE = b": ka\n"  # one newline: a blank line would dispatch an event in some clients
 MAX_EVENT_BYTES = 16_000_000
 
-_DONE = b"data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
+_ERROR = b'data: {"error"'
+_COMPACT_NULL_USAGE = b',"usage":null'
 _NULL_USAGE = re.compile(rb',\s*"usage":\s*null')
 _SOME_USAGE = re.compile(rb'"usage":\s*\{')
 _USAGE_OBJECT = re.compile(rb',\s*"usage":\s*\{(?:[^{}]|\{[^{}]*\})*\}')
@@ -51,11 +54,13 @@ class EventStream:
     rename: pattern and replacement for the engine's own model name, None where it is the public one.
     """
 
-    __slots__ = ("_keep_usage", "_rename", "_rest", "done", "error", "events", "usage")
+    __slots__ = ("_keep_usage", "_public_start", "_rename", "_rest", "_start", "done", "error", "events", "usage")
 
     def __init__(self, keep_usage: bool, rename: tuple[re.Pattern[bytes], bytes] | None) -> None:
         self._keep_usage = keep_usage
         self._rename = rename
+        self._start = b""  # of the last event in which the engine's name was looked for, up to the name
+        self._public_start = b""  # what stands in its place
         self._rest = b""
         self.done = False  # the engine said that this was all
         self.error: bytes | None = None  # the data of an error event, which ends the stream
@@ -67,9 +72,21 @@ class EventStream:
 
         After an event of error, or the last one, nothing more comes out.
         """
+        if not self._rest and data.find(b"\n") == len(data) - 2 and data[-3:] == b"}\n\n":  # one event, of one line
+            usage = data.rfind(b'"usage"')
+            if usage >= 0 and not self._keep_usage:
+                data = data.replace(_COMPACT_NULL_USAGE, b"")
+                usage = data.rfind(b'"usage"')
+            if usage < 0 and not data.startswith(_ERROR):
+                self.events += 1
+                return data if self._rename is None else self._renamed(data, self._rename)
+        return self._feed(data)
+
+    def _feed(self, data: bytes) -> bytes:
+        """The same for any `data`."""
         if self._rest:
             data = self._rest + data
-        if b"\r" in data:
+        if data.find(b"\r") >= 0:  # `in` takes twice as long: it tries the bytes as a number first
             data = data.replace(b"\r\n", b"\n")
         if data.endswith(b"\n\n"):
             self._rest = b""
@@ -81,7 +98,7 @@ class EventStream:
                 raise EventTooLong(f"an event of more than {MAX_EVENT_BYTES} bytes")
             if not data:
                 return b""
-        if b'data: {"error"' in data:
+        if data.find(_ERROR) >= 0:
             data = self._until_error(data)
         self.events += data.count(b"\n") >> 1
         found = data.find(b'"usage"')
@@ -96,15 +113,27 @@ class EventStream:
             self.events -= 1
         return data
 
+    def _renamed(self, event: bytes, rename: tuple[re.Pattern[bytes], bytes]) -> bytes:
+        """One event with the public name. Up to it a stream's events begin alike: looked for once, then known."""
+        if self._start and event.startswith(self._start):
+            return self._public_start + event[len(self._start) :]
+        pattern, public = rename
+        found = pattern.search(event)
+        if found is None:
+            return event
+        self._start = event[: found.end()]
+        self._public_start = pattern.sub(public, self._start)
+        return pattern.sub(public, event)
+
     def _ends(self, data: bytes) -> bool:
         """Whether the last event is the stream's last."""
-        return data.endswith(_DONE)
+        return data.endswith(DONE)
 
     def _until_error(self, data: bytes) -> bytes:
         """The events before the first error; the error's data is set aside."""
-        before = data.find(b'data: {"error"')
+        before = data.find(_ERROR)
         while before > 0 and data[before - 1 : before] != b"\n":
-            before = data.find(b'data: {"error"', before + 1)
+            before = data.find(_ERROR, before + 1)
         if before < 0:
             return data
         self.error = data[before + 6 : data.index(b"\n", before)]
@@ -142,8 +171,11 @@ class ResponsesStream(EventStream):
     def __init__(self, rename: tuple[re.Pattern[bytes], bytes] | None) -> None:
         super().__init__(True, rename)
 
+    def feed(self, data: bytes) -> bytes:
+        return self._feed(data)
+
     def _ends(self, data: bytes) -> bool:
-        return _RESPONSES_END.search(data) is not None or data.endswith(_DONE)
+        return _RESPONSES_END.search(data) is not None or data.endswith(DONE)
 
     def _account_event(self, event: bytes) -> bytes:
         try:

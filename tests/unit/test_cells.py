@@ -177,3 +177,42 @@ def test_a_count_costs_well_under_a_microsecond(tmp_path: Path) -> None:
             values[cell] += 1
         best_s = min(best_s, (time.perf_counter() - started) / 20_000)
     assert best_s < 1e-6
+
+
+def test_dropped_series_give_their_cells_to_others(tmp_path: Path) -> None:
+    cells = Cells(path(tmp_path))
+    counter, histogram = cells.series(PROMPT_TOKENS, "a"), cells.series(TTFT, "a")
+    cells.values[counter] = cells.values[histogram] = 5
+    cells.drop(PROMPT_TOKENS, "a")
+    cells.drop(TTFT, "a")
+    cells.drop(TTFT, "never")
+    assert list(read_series(path(tmp_path))) == []
+    assert (cells.series(TTFT, "b"), cells.series(PROMPT_TOKENS, "b")) == (histogram, counter)
+    assert (cells.values[counter], cells.values[histogram]) == (0, 0)
+    cells.drop(TTFT, "b")
+    cells.close()
+    again = Cells(path(tmp_path))
+    assert again.labels(TTFT) == []
+    assert again.labels(PROMPT_TOKENS) == [("b",)]
+    assert again.series(TTFT, "c") == histogram
+    assert again.series(TTFT, "d") == histogram + TTFT.cells
+
+
+def test_the_list_of_series_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells_module, "_LIST_BYTES", 2000)
+    cells = Cells(path(tmp_path))
+    cells.values[cells.series(TTFT, "kept")] = 7
+    for replica in ("r0", "r9", "r0"):
+        cells.name_row(IN_FLIGHT, 3, replica)
+    for number in range(200):
+        cells.series(PROMPT_TOKENS, str(number))
+        cells.drop(PROMPT_TOKENS, str(number))
+    assert path(tmp_path).with_suffix(".series").stat().st_size < 4000
+    assert sum_relays(tmp_path)[TTFT.name][("kept",)][0] == 7
+    assert sum_relays(tmp_path)[IN_FLIGHT.name] == {("r0",): [0]}
+    cells.close()
+    again = Cells(path(tmp_path))
+    assert (again.labels(TTFT), again.labels(PROMPT_TOKENS)) == ([("kept",)], [])
+    used = again._free
+    again.series(PROMPT_TOKENS, "new")
+    assert again._free == used  # in the place of one that was dropped

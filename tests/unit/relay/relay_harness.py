@@ -16,11 +16,12 @@ from scripted_upstream import ScriptedUpstream
 from gateway.observe.cells import IN_FLIGHT_ROW, MAX_REPLICAS, Cells, Peers
 from gateway.observe.exposition import sum_relays
 from gateway.observe.log import Access
+from gateway.observe.usage import Usage
 from gateway.relay.account import Meter
 from gateway.relay.app import App
-from gateway.relay.forward import Limits
 from gateway.relay.server import Server
-from gateway.snapshot import Model, Replica, Snapshot
+from gateway.relay.traffic import Limits
+from gateway.snapshot import Key, Model, Replica, Snapshot
 
 CHAT = "/v1/chat/completions"
 
@@ -119,7 +120,8 @@ class Relay:
         loop = asyncio.get_running_loop()
         self.cells = Cells(self.folder / "relay-0.cells")
         self.meter = Meter(self.cells, Peers({}), 0, self.entries.append)
-        self.app = App(loop, self.meter, self.limits, self.folder, self.notes.append)
+        self.usage = Usage(self.folder / "relay-0.usage")
+        self.app = App(loop, self.meter, self.usage, self.limits, self.folder, self.notes.append)
         self.server = Server(self.app.handle, loop)
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
@@ -137,7 +139,7 @@ class Relay:
         self,
         *replicas: Replica,
         models: dict[str, Model] | None = None,
-        keys: dict[str, str] | None = None,
+        keys: dict[str, Key] | None = None,
         task: str = "generate",
     ) -> None:
         """Apply a snapshot: by default base `demo`, on every replica."""

@@ -137,6 +137,7 @@ async def _unless_gone(wait: Callable[[], Awaitable[Any]], reader: asyncio.Strea
         seen.gone.set()
         return False
     reading.cancel()
+    await asyncio.wait({reading})  # one at a time may read
     return True
 
 

@@ -9,10 +9,11 @@ import pytest
 from relay_harness import Relay, replica, until
 from scripted_upstream import DONE, END, STREAM_HEAD, Close, Hang, answer, chunk, completion, token, usage
 
-from gateway.relay.forward import Limits
+from gateway.relay.traffic import Limits
 from gateway.snapshot import Model
 
 STREAMED = [STREAM_HEAD, chunk(token("hel")), chunk(token("lo")), chunk(usage(3, 2)), chunk(DONE), END]
+UNFIT = {"logprobs": True}  # of a stream that cannot go on elsewhere
 BOTH = pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 
 
@@ -177,7 +178,7 @@ async def test_engine_lost_in_the_middle_of_a_stream(relay: Relay, reset: bool) 
     flushed = asyncio.Event()
     await relay.engine([STREAM_HEAD, chunk(token("one")), flushed, Close(reset)])
     async with relay.connected() as client:
-        client.chat(stream=True)
+        client.chat(stream=True, **UNFIT)
         assert (await client.head())[0] == 200
         assert await client.piece() == token("one")
         flushed.set()
@@ -191,7 +192,7 @@ async def test_engine_lost_in_the_middle_of_a_stream(relay: Relay, reset: bool) 
 
 async def test_stream_without_done_is_an_error(relay: Relay) -> None:
     await relay.engine([STREAM_HEAD, chunk(token("one")), END])
-    got = await relay.ask(stream=True)
+    got = await relay.ask(stream=True, **UNFIT)
     assert got.events[-1]["error"]["type"] == "server_error"
     assert "before its answer was complete" in got.events[-1]["error"]["message"]
     assert (await relay.settled()).status == 502
@@ -200,7 +201,7 @@ async def test_stream_without_done_is_an_error(relay: Relay) -> None:
 
 async def test_half_an_event_is_never_passed_on(relay: Relay) -> None:
     await relay.engine([STREAM_HEAD, chunk(token("one") + token("two")[:30]), END])
-    got = await relay.ask(stream=True)
+    got = await relay.ask(stream=True, **UNFIT)
     assert got.body.startswith(token("one") + b'data: {"error":')
 
 
@@ -227,7 +228,7 @@ async def test_engine_silent_before_its_answer(relay: Relay, stream: bool) -> No
 async def test_engine_silent_in_the_middle_of_a_stream(relay: Relay) -> None:
     engine = await relay.engine([STREAM_HEAD, chunk(token("one")), Hang()])
     async with relay.connected() as client:
-        client.chat(stream=True)
+        client.chat(stream=True, **UNFIT)
         await client.head()
         await client.piece()
         seen = await engine.request()
@@ -275,10 +276,11 @@ async def test_error_event_of_the_engine(relay: Relay) -> None:
         b'data: {"error": {"object": "error", "message": "out of memory", "type": "X", "param": null, "code": 500}}\n\n'
     )
     await relay.engine([STREAM_HEAD, chunk(token("one") + error + DONE), END])
-    got = await relay.ask(stream=True)
+    got = await relay.ask(stream=True, **UNFIT)
+    message = "out of memory. The stream was not continued: only chats and completions of plain text are."
     assert got.events == [
         got.events[0],
-        {"error": {"message": "out of memory", "type": "server_error", "param": None, "code": None}},
+        {"error": {"message": message, "type": "server_error", "param": None, "code": None}},
     ]
     entry = await relay.settled()
     assert (entry.status, entry.outcome) == (502, "engine_error")
@@ -304,6 +306,8 @@ async def test_refused_connection_is_tried_on_another_replica(relay: Relay, stre
     assert relay.in_flight() == 0
     assert len(engine.seen) == 4
     assert relay.counted("tunegate_upstream_errors") == {("r0", "connect"): 1}  # from then on it came last
+    assert relay.counted("tunegate_replica_ejections") == {("r0", "circuit"): 1}
+    assert relay.counted("tunegate_retries") == {("connect",): 1}
 
 
 @BOTH
@@ -459,3 +463,31 @@ async def test_limits_of_silence_are_the_operators(tmp_path_factory: pytest.Temp
         relay.seconds(2)
         assert (await client.answer()).status == 504
     await relay.close()
+
+
+async def test_settling_answers_on_and_tells_clients_to_leave(relay: Relay) -> None:
+    """A load balancer gets the time to see that this gateway is not ready, and nobody is cut off meanwhile."""
+    finish = asyncio.Event()
+    engine = await relay.engine([finish, answer(completion())], [answer(completion())])
+    busy, idle = await relay.client(), await relay.client()
+    idle.send("GET", "/health")
+    assert "connection" not in (await idle.answer()).headers
+    busy.chat()
+    await engine.request()
+    relay.app.draining = True
+    settling = asyncio.create_task(relay.server.settle(0.3))
+    await until(lambda: relay.server.draining)
+    idle.send("GET", "/ready")
+    got = await idle.answer()
+    assert (got.status, got.headers["connection"]) == (503, "close")
+    fresh = await relay.client()  # connections are still accepted
+    fresh.chat()
+    got = await fresh.answer()
+    assert (got.status, got.headers["connection"]) == (200, "close")
+    finish.set()
+    got = await busy.answer()
+    assert (got.status, got.headers["connection"]) == (200, "close")
+    await settling
+    await relay.server.drain(1)
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", relay.port)

@@ -15,7 +15,7 @@ from relay_harness import Relay, replica, until
 from scripted_upstream import DONE, END, STREAM_HEAD, answer, chunk, completion, token
 
 from gateway.observe.log import Access, AccessLog
-from gateway.relay.link import follow
+from gateway.relay.link import Link
 from gateway.snapshot import Applied, Model, Replica, Snapshot
 
 
@@ -51,7 +51,7 @@ async def test_snapshots_are_applied_and_acknowledged_also_after_control_was_awa
     path = tmp_path / "snapshots.sock"
     versions: list[int] = []
     notes: list[str] = []
-    task = asyncio.create_task(follow(path, 3, lambda snapshot: versions.append(snapshot.version), notes.append))
+    task = asyncio.create_task(Link(path, 3, notes.append).follow(lambda snapshot: versions.append(snapshot.version)))
     control = Control(path)
     await control.start()  # later than the relay
     await until(lambda: control.writers)

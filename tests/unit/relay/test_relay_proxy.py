@@ -8,11 +8,14 @@ import hashlib
 from relay_harness import Relay, replica, until
 from scripted_upstream import END, STREAM_HEAD, Close, Hang, answer, chunk
 
+from gateway.scopes import SCOPES
+from gateway.snapshot import Key
+
 SEKRET = {"authorization": "Bearer sekret"}
 
 
 async def start(relay: Relay) -> None:
-    relay.serve(replica(9), keys={hashlib.sha256(b"sekret").hexdigest(): "key-1"})
+    relay.serve(replica(9), keys={hashlib.sha256(b"sekret").hexdigest(): Key("key-1", frozenset(SCOPES))})
 
 
 async def test_a_request_and_its_answer_pass_as_they_are(relay: Relay) -> None:
@@ -21,7 +24,8 @@ async def test_a_request_and_its_answer_pass_as_they_are(relay: Relay) -> None:
         [answer(b"[1]", "201 Created", "text/x", extra="x-a: b\r\ndate: now\r\nserver: s\r\n")]
     )
     async with relay.connected() as client:
-        client.send("PUT", "/v1/models/org%2Fname?a=%20", b"body", **SEKRET, x_custom="1", te="gzip")
+        own = {"x_custom": "1", "te": "gzip", "x_tunegate_key_id": "somebody-else"}
+        client.send("PUT", "/v1/models/org%2Fname?a=%20", b"body", **SEKRET, **own)
         got = await client.answer()
     assert (got.status, got.body) == (201, b"[1]")
     assert set(got.headers) == {"content-type", "x-a", "content-length", "x-request-id"}
@@ -32,8 +36,8 @@ async def test_a_request_and_its_answer_pass_as_they_are(relay: Relay) -> None:
         "host": "relay",
         "x-custom": "1",
         "x-request-id": got.headers["x-request-id"],
+        "x-tunegate-key-id": "key-1",
         "content-length": "4",
-        "connection": "close",
     }
     assert relay.counted("tunegate_requests") == {("control", "", "201"): 1}
     assert relay.entries[0].route == "/v1/models/org%2Fname"
@@ -183,3 +187,29 @@ async def test_a_slow_reader_of_controls_answer_is_held_back(relay: Relay) -> No
         assert next(iter(relay.server.connections))._transport.get_write_buffer_size() < 1_000_000
         client.writer.transport.resume_reading()  # type: ignore[attr-defined]
         assert len((await client.answer()).body) == 30_000_000
+
+
+async def test_an_answer_that_comes_before_the_body_is_whole(relay: Relay) -> None:
+    """Control refuses a method without reading the body, which is still on its way."""
+    heads: list[bytes] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(answer(b'{"error":null}', "405 Method Not Allowed"))
+        if b"connection: close" in heads[-1]:
+            writer.close()
+        else:
+            await reader.read()
+            writer.close()
+
+    control = await asyncio.start_unix_server(refuse, relay.folder / "control.sock")
+    relay.serve()
+    client = await relay.client()
+    for _ in range(3):
+        client.writer.write(b"GET /v1/files HTTP/1.1\r\nhost: a\r\ncontent-length: 200000\r\n\r\n")
+        await until(lambda: len(heads))
+        client.writer.write(b"x" * 200_000)
+        result = await client.answer()
+        assert (result.status, result.body) == (405, b'{"error":null}')
+        heads.clear()
+    control.close()

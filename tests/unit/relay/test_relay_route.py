@@ -8,42 +8,16 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gateway.errors import ModelNotFound, Unauthenticated, Unavailable
 from gateway.relay.auth import authenticate
-from gateway.relay.route import Candidate, Engine, Table, engine_head, nearest, pick
-from gateway.snapshot import Model, Replica, Snapshot
+from gateway.relay.limits import Entry
+from gateway.relay.route import Engine, Table, engine_head, nearest
+from gateway.snapshot import Key, Model, Replica, Snapshot
 
 
 def engine(row: int) -> Engine:
     return Engine(f"r{row}", row, "vllm", SimpleNamespace(), b"")  # type: ignore[arg-type]
-
-
-def candidates(count: int) -> list[Candidate]:
-    return [Candidate(engine(row), "demo", b"", None) for row in range(count)]
-
-
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(0, 1000))
-def test_pick_takes_one_of_the_least_loaded(loads: list[int], turn: int) -> None:
-    chosen = pick(candidates(len(loads)), loads.__getitem__, 0.0, turn)
-    assert loads[chosen.engine.row] == min(loads)
-
-
-def test_equals_take_turns() -> None:
-    choices = candidates(3)
-    assert [pick(choices, lambda row: 0, 0.0, turn).engine.row for turn in range(6)] == [0, 1, 2, 0, 1, 2]
-
-
-def test_a_replica_that_refused_comes_last_for_a_while() -> None:
-    choices = candidates(2)
-    choices[0].engine.avoid_until_s = 10.0
-    load = {0: 0, 1: 7}.__getitem__
-    assert pick(choices, load, 9.0, 0).engine.row == 1
-    assert pick(choices, load, 10.0, 0).engine.row == 0
-    choices[1].engine.avoid_until_s = 10.0
-    assert pick(choices, load, 9.0, 0).engine.row == 0  # no other is better
 
 
 def table(models: dict[str, Model], replicas: int = 2) -> Table:
@@ -119,13 +93,14 @@ def test_the_engines_head_has_its_key_and_nothing_of_the_client() -> None:
 
 
 def test_authentication() -> None:
-    assert authenticate(None, {}) is None
-    assert authenticate(b"Bearer whatever", {}) is None
-    keys = {hashlib.sha256(b"sekret").hexdigest(): "k1"}
-    assert authenticate(b"Bearer sekret", keys) == "k1"
-    assert authenticate(b"bearer  sekret ", keys) == "k1"
+    assert authenticate(None, {}, "infer") is None
+    assert authenticate(b"Bearer whatever", {}, "infer") is None
+    entry = Entry(Key("k1", frozenset({"infer"}), row=0), None)
+    keys = {hashlib.sha256(b"sekret").hexdigest(): entry}
+    assert authenticate(b"Bearer sekret", keys, "infer") is entry
+    assert authenticate(b"bearer  sekret ", keys, "infer") is entry
     for header in (None, b"", b"Bearer", b"Bearer ", b"Bearer wrong", b"Basic sekret", b"sekret"):
         with pytest.raises(Unauthenticated) as refused:
-            authenticate(header, keys)
+            authenticate(header, keys, "infer")
         assert "sekret" not in refused.value.message
         assert refused.value.code == "invalid_api_key"

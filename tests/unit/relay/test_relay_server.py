@@ -12,7 +12,7 @@ from scripted_upstream import DONE, END, STREAM_HEAD, Hang, answer, chunk, compl
 
 from gateway.relay.app import ENDPOINTS
 from gateway.relay.client import IDLE_LIMIT_S
-from gateway.snapshot import Model
+from gateway.snapshot import Key, Model
 
 BODY = b'{"model":"demo","messages":[]}'
 REQUEST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(BODY), BODY)
@@ -258,7 +258,7 @@ async def test_no_client_header_reaches_an_engine_but_the_trace(relay: Relay) ->
 
 async def test_keys(relay: Relay) -> None:
     engine = await relay.engine(OK, serve=False)
-    relay.serve(replica(engine), keys={hashlib.sha256(b"sekret").hexdigest(): "key-1"})
+    relay.serve(replica(engine), keys={hashlib.sha256(b"sekret").hexdigest(): Key("key-1", frozenset({"infer"}))})
     async with relay.connected() as client:
         for headers in ({}, {"authorization": "Bearer wrong"}):
             client.chat(model="no-such-model", headers=headers)  # the key is looked at first
@@ -382,7 +382,7 @@ async def test_a_disconnect_is_seen_while_requests_wait_in_the_pipe(relay: Relay
 
 
 async def test_trailers_are_not_kept(relay: Relay) -> None:
-    relay.serve(replica(9), keys={"0" * 64: "key-1"})
+    relay.serve(replica(9), keys={"0" * 64: Key("key-1", frozenset())})
     async with relay.connected() as client:
         client.writer.write(b"POST /v1/chat/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n")
         assert (await client.answer()).status == 401
@@ -415,3 +415,23 @@ async def test_a_body_that_waits_its_turn_is_not_gathered(relay: Relay) -> None:
         more.set()
         assert (await client.answer()).status == 200
         assert (await client.answer()).status == 413
+
+
+async def test_a_request_on_its_way_when_the_gateway_is_stopped(relay: Relay) -> None:
+    """Its client cannot know yet, and cannot tell a connection that is closed now from a lost answer."""
+    await relay.engine(OK)
+    async with relay.connected() as client:
+        client.chat()
+        assert "connection" not in (await client.answer()).headers
+        stopping = asyncio.create_task(stop(relay))
+        await until(lambda: relay.server.draining)
+        client.chat()
+        got = await client.answer()
+        assert (got.status, got.headers["connection"]) == (200, "close")
+        assert await client.closed()
+        await stopping
+
+
+async def stop(relay: Relay) -> None:
+    await relay.server.settle(0)
+    await relay.server.drain(5)
