@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from backends.spec import DEFAULT_MAX_ADAPTER_RANK, BackendName, Device, Task
 
@@ -34,6 +35,7 @@ def _option(default: Any, group: str, help: str, envvar: str | None = None, **ru
 
 
 _MODEL, _ENGINE, _ADAPTERS, _SERVER = "Model", "Engine", "Adapters", "Server"
+_TRAINING = "Files and training"
 
 
 class ServeConfig(BaseModel):
@@ -45,7 +47,11 @@ class ServeConfig(BaseModel):
     model_name: str | None = _option(None, _MODEL, "Name clients call the model by. Default: the last part of --model.")
     task: Task = _option("generate", _MODEL, "`embed` serves /v1/embeddings instead of chat.")
     dtype: str = _option("auto", _MODEL, "Weights and activations: auto, bfloat16, float16, float32.")
-    quantization: str | None = _option(None, _MODEL, "Format of the checkpoint where the engine cannot tell.")
+    quantization: str | None = _option(
+        None,
+        _MODEL,
+        "awq or gptq quantizes a plain checkpoint once and serves that; else the format, where the engine cannot tell.",
+    )
     max_model_len: int | None = _option(None, _MODEL, "Longest prompt plus answer, in tokens.", ge=1)
 
     backend: BackendName = _option("vllm", _ENGINE, "The engine: vllm, sglang or lmdeploy. Changes nothing else.")
@@ -67,12 +73,29 @@ class ServeConfig(BaseModel):
     start_timeout_s: int = _option(1200, _ENGINE, "Give up on an engine that is not ready by then.", ge=1)
 
     adapter_slots: int = _option(4, _ADAPTERS, "Adapters in one batch of an engine; 0 turns adapters off.", ge=0)
-    max_adapters: int = _option(16, _ADAPTERS, "Adapters kept loaded on a replica.", ge=0)
+    max_adapters: int = _option(16, _ADAPTERS, "Adapters kept loaded on a replica; more may be registered.", ge=0)
+    adapter_wait_s: int = _option(60, _ADAPTERS, "Longest wait of a request for its adapter to be loaded.", ge=1)
     max_adapter_rank: int = _option(DEFAULT_MAX_ADAPTER_RANK, _ADAPTERS, "Highest LoRA rank accepted.", ge=1)
     max_adapter_mb: int = _option(2048, _ADAPTERS, "Largest adapter upload, unpacked, in MB.", ge=1)
+    golden_tolerance: float | None = _option(
+        None,
+        _ADAPTERS,
+        "Nats by which an adapter's golden answers may differ from its trainer's. Default: by --dtype.",
+        gt=0,
+    )
+    canary_score: str | None = _option(
+        None, _ADAPTERS, "Command asked before a canary is promoted, as `COMMAND NAME@v1 NAME@v2 URL`."
+    )
+    canary_score_timeout_s: int = _option(600, _ADAPTERS, "How long that command may take.", ge=1)
     adapter_root: tuple[str, ...] = _option(
         (), _ADAPTERS, "Directory that /v1/load_lora_adapter may read; repeatable. Default: `import` in --state."
     )
+
+    trainer_python: Path | None = _option(
+        None, _TRAINING, "Python of an environment with `tunegate[train]`. Default: the gateway's own."
+    )
+    train_device: Literal["auto", "cpu", "cuda"] = _option("auto", _TRAINING, "Where fine-tuning jobs train.")
+    max_file_mb: int = _option(512, _TRAINING, "Largest file of /v1/files, in MB.", ge=1)
 
     host: str = _option("127.0.0.1", _SERVER, "Address to listen on.")
     port: int = _option(8000, _SERVER, "Port to listen on.", ge=0, le=65535)
@@ -83,8 +106,17 @@ class ServeConfig(BaseModel):
         "Key clients must send; repeatable [$TUNEGATE_API_KEYS]. Default: open access.",
         "TUNEGATE_API_KEYS",
     )
+    tls_cert: Path | None = _option(None, _SERVER, "Serve HTTPS with this certificate chain, PEM; with --tls-key.")
+    tls_key: Path | None = _option(None, _SERVER, "The certificate's private key, PEM, without a passphrase.")
     max_body_mb: int = _option(16, _SERVER, "Largest inference request body, in MB.", ge=1)
     request_timeout_s: int = _option(600, _SERVER, "Longest silence of an engine within a request.", ge=1)
+    routing: Literal["least-load", "affinity", "engine-load"] = _option(
+        "least-load", _SERVER, "How a replica is chosen; docs/results/routing.md compares the ways."
+    )
+    max_in_flight: int = _option(1024, _SERVER, "Requests sent to a replica at a time; the rest wait here.", ge=1)
+    max_waiting: int = _option(1024, _SERVER, "Requests that wait for a replica; more are refused.", ge=0)
+    max_wait_s: int = _option(60, _SERVER, "Longest such wait.", ge=1)
+    settle_s: int = _option(0, _SERVER, "At a stop, how long to answer on as not ready, for load balancers.", ge=0)
     drain_timeout_s: int = _option(30, _SERVER, "How long a stop waits for requests in flight.", ge=0)
     state: Path | None = _option(None, _SERVER, "Registry, adapters and logs. Default: $TUNEGATE_HOME/state.")
     database_url: str | None = _option(None, _SERVER, "SQLAlchemy URL of the registry. Default: SQLite in --state.")
@@ -99,6 +131,12 @@ class ServeConfig(BaseModel):
             if not all(keys):
                 raise ValueError("a key is empty; leave it out for open access")
         return keys
+
+    @model_validator(mode="after")
+    def _tls_pair(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise PydanticCustomError("tls_pair", "give both of --tls-cert and --tls-key, or neither")
+        return self
 
     @property
     def state_dir(self) -> Path:
@@ -134,6 +172,8 @@ def load(file: Path | None, flags: Flags) -> ServeConfig:
 
 
 def _explain(fault: Any) -> str:
+    if not fault["loc"]:  # of several keys together
+        return str(fault["msg"])
     key = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(key, ServeConfig.model_fields, n=1)

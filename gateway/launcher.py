@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,7 @@ import httpx2
 
 from backends import lifeline
 from gateway.config import ConfigError, ServeConfig
+from gateway.control.running import Running, line
 from gateway.preflight import check
 
 _RESTART_DELAYS_S = (0.1, 0.5, 1.0, 2.0, 5.0)  # the last one repeats
@@ -37,7 +39,15 @@ _SOCKET_PATH_BYTES = 107  # the kernel's limit
 _PROGRESS_EVERY_S = 15.0
 
 
-def serve(config: ServeConfig) -> int:
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the configuration is from, to read it again."""
+
+    file: Path | None = None
+    flags: dict[str, Any] = field(default_factory=dict)  # they win over the file
+
+
+def serve(config: ServeConfig, source: Source) -> int:
     """Serve until SIGTERM or SIGINT; the process's exit status. Raises ConfigError or BackendError before it starts."""
     check(config)
     run_dir = config.state_dir / "run"
@@ -48,7 +58,7 @@ def serve(config: ServeConfig) -> int:
     except OSError as error:
         raise ConfigError(f"cannot make --state {config.state_dir}: {error.strerror}") from error
     with _only_one(config.state_dir), _listen(config.host, config.port) as listener:
-        return asyncio.run(_Gateway(config, run_dir, listener).run())
+        return asyncio.run(_Gateway(config, source, run_dir, listener).run())
 
 
 def _only_one(state_dir: Path) -> IO[str]:
@@ -90,11 +100,10 @@ def _listen(host: str, port: int) -> socket.socket:
 class _Child:
     """A process kept running: when it ends it is started anew, after a growing delay."""
 
-    def __init__(self, name: str, argv: Sequence[str], fds: tuple[int, ...] = (), stdin: bytes | None = None) -> None:
+    def __init__(self, name: str, argv: Sequence[str], fds: tuple[int, ...] = ()) -> None:
         self.name = name
         self._argv = argv
         self._fds = fds
-        self._stdin = stdin
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
         self.may_refuse = False  # whether an exit status can mean that its configuration cannot be served
@@ -125,13 +134,10 @@ class _Child:
         self._process = await asyncio.create_subprocess_exec(
             *self._argv,
             pass_fds=self._fds,
-            stdin=asyncio.subprocess.PIPE if self._stdin is not None else asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # a terminal's Ctrl-C reaches only the main process, which stops them in order
             preexec_fn=functools.partial(lifeline.end_with_parent, signal.SIGTERM, os.getpid()),
         )
-        if self._stdin is not None:
-            # Configuration holds secrets: a pipe keeps them off the disk and out of the process list.
-            await self._process.communicate(self._stdin)
         return await self._process.wait()
 
     async def stop(self, grace_s: float) -> None:
@@ -152,22 +158,34 @@ class _Child:
 class _Gateway:
     """One run of `gateway serve`."""
 
-    def __init__(self, config: ServeConfig, run_dir: Path, listener: socket.socket) -> None:
+    def __init__(self, config: ServeConfig, source: Source, run_dir: Path, listener: socket.socket) -> None:
         self._config = config
         host, self._port = listener.getsockname()[:2]
-        self._url = f"http://{'[' + host + ']' if ':' in host else host}:{self._port}"
+        scheme = "https" if config.tls_cert else "http"
+        self._url = f"{scheme}://{'[' + host + ']' if ':' in host else host}:{self._port}"
         self._control_socket = run_dir / "control.sock"
         fd = listener.fileno()
+        # The configuration holds secrets: a file of the memory keeps them off the disk and out of the process list.
+        memory = os.memfd_create("configuration")
+        known = config.model_copy(update={"port": self._port})
+        os.write(memory, line(Running(config=known, declared=config, file=source.file, flags=source.flags)))
         self._control = _Child(
             "control",
-            _command("gateway.control", run_dir, config_json="/dev/stdin", main_pid=os.getpid()),
-            stdin=config.model_dump_json().encode(),
+            _command("gateway.control", run_dir, config_json=f"/proc/self/fd/{memory}", main_pid=os.getpid()),
+            fds=(memory,),
         )
         self._control.may_refuse = True  # until it has served: later, what was right is mended, not given up
         limits = {
             "max_body_bytes": config.max_body_mb * 1_000_000,
             "request_timeout_s": config.request_timeout_s,
+            "adapter_wait_s": config.adapter_wait_s,
+            "routing": config.routing,
+            "max_in_flight": config.max_in_flight,
+            "max_waiting": config.max_waiting,
+            "max_wait_s": config.max_wait_s,
+            "settle_s": config.settle_s,
             "drain_timeout_s": config.drain_timeout_s,
+            **({"tls_cert": config.tls_cert, "tls_key": config.tls_key} if config.tls_cert else {}),
         }
         self._relays = [
             _Child(
@@ -184,6 +202,8 @@ class _Gateway:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
+        reloads: set[asyncio.Task[None]] = set()
+        loop.add_signal_handler(signal.SIGHUP, lambda: reloads.add(asyncio.create_task(self._reload())))
         kept = [asyncio.create_task(child.keep_running()) for child in (self._control, *self._relays)]
         ready = asyncio.create_task(self._announce())
         refused = asyncio.create_task(self._control.refused.wait())
@@ -224,8 +244,24 @@ class _Gateway:
                     said, said_at = state, now
                 await asyncio.sleep(_POLL_S)
 
+    async def _reload(self) -> None:
+        """Have control read the configuration again, and say how that went."""
+        transport = httpx2.AsyncHTTPTransport(uds=str(self._control_socket))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://control", timeout=60) as control:
+            try:
+                answer = (await control.post("/admin/reload")).json()
+            except httpx2.HTTPError as error:
+                _say(f"not reloaded: control is not there ({error})")
+                return
+        if "error" in answer:
+            _say(f"not reloaded: {answer['error']['message']}")
+        else:
+            changes = ", ".join(f"{name} {value}" for name, value in answer["changed"].items())
+            _say(f"reloaded: {changes or 'nothing differs'}")
+
     async def _relay_is_ready(self) -> bool:
-        async with httpx2.AsyncClient(timeout=5, trust_env=False) as client:
+        # Our own relay, by an address that its certificate need not name.
+        async with httpx2.AsyncClient(timeout=5, trust_env=False, verify=False) as client:
             try:
                 return (await client.get(f"{self._url}/ready")).status_code == 200
             except httpx2.HTTPError:
@@ -233,7 +269,7 @@ class _Gateway:
 
     async def _stop(self) -> None:
         """Relays drain first, while control still answers; then control stops the engines."""
-        grace_s = self._config.drain_timeout_s + 5.0
+        grace_s = self._config.settle_s + self._config.drain_timeout_s + 5.0
         await asyncio.gather(*(relay.stop(grace_s) for relay in self._relays))
         await self._control.stop(_CONTROL_STOP_S)
 

@@ -1,4 +1,4 @@
-"""`/v1/adapters`: upload, list, show, delete; and vLLM's two routes for scripts that know those."""
+"""`/v1/adapters`: upload, list, show, delete; vLLM's two routes for scripts that know those. More in versions.py."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from gateway.adapters.local import parts_of
 from gateway.api import uploads
+from gateway.api.versions import Who
+from gateway.control.catalog import Cause
 from gateway.control.service import Service
 from gateway.errors import InvalidRequest, ModelNotFound
 
@@ -38,22 +41,25 @@ def routes(service: Service, roots: Sequence[Path]) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/adapters")
-    async def upload_adapter(request: Request) -> Response:
+    async def upload_adapter(request: Request, who: Who = "") -> Response:
         with service.storage.staging() as work:
             form = await uploads.receive(request, work, service.policy.max_upload_bytes)
             name = form.fields.get("name", "")
             service.check_upload(name, form.fields.get("base"))
             wait_s = _wait_s(form.fields.get("wait_s"))
-            version, new = await service.take_in(name, form.files, work)
+            cause = Cause(who, "uploaded") if _promote(form.fields.get("promote")) else None
+            version, new = await service.take_in(name, form.files, work, cause)
         return JSONResponse(await service.settle(version, new, wait_s), 201 if new else 200)
 
     @router.get("/v1/adapters")
-    async def list_adapters() -> dict[str, Any]:
-        return {"object": "list", "data": service.list_adapters()}
+    async def list_adapters() -> Response:
+        # Not by FastAPI's own encoder, which takes seconds for ten thousand.
+        listed = {"object": "list", "data": service.list_adapters()}
+        return Response(msgspec.json.encode(listed), media_type="application/json")
 
     @router.get("/v1/adapters/{name}")
     async def show_adapter(name: str) -> dict[str, Any]:
-        return service.adapter(name)
+        return await service.show(name)
 
     @router.delete("/v1/adapters/{name}")
     async def delete_adapter(name: str) -> dict[str, Any]:
@@ -61,7 +67,7 @@ def routes(service: Service, roots: Sequence[Path]) -> APIRouter:
         return {"id": name, "object": "adapter", "deleted": True}
 
     @router.post("/v1/load_lora_adapter")
-    async def load_lora_adapter(body: LoadLoraAdapter) -> Response:
+    async def load_lora_adapter(body: LoadLoraAdapter, who: Who = "") -> Response:
         name = body.lora_name
         if name in service.core.registry.adapters and not body.load_inplace:
             raise InvalidRequest(
@@ -71,7 +77,8 @@ def routes(service: Service, roots: Sequence[Path]) -> APIRouter:
             )
         service.check_upload(name, None)
         with service.storage.staging() as work:
-            version, new = await service.take_in(name, parts_of(body.lora_path, roots), work)
+            parts = parts_of(body.lora_path, roots)
+            version, new = await service.take_in(name, parts, work, Cause(who, "uploaded"))
         await service.settle(version, new, _DEFAULT_WAIT_S)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
@@ -83,6 +90,12 @@ def routes(service: Service, roots: Sequence[Path]) -> APIRouter:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return router
+
+
+def _promote(given: str | None) -> bool:
+    if given not in (None, "true", "false"):
+        raise InvalidRequest(f"promote is {given[:50]!r}; give true or false", param="promote")
+    return given != "false"
 
 
 def _wait_s(given: str | None) -> float:

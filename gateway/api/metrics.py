@@ -59,13 +59,13 @@ class ControlCollector(Collector):
             restarts.add_metric([replica.id], replica.restarts)
             for state in State:
                 states.add_metric([replica.id, state], replica.state is state)
-        yield from (up, states, restarts, self._adapters(), self._loaded())
+        yield from (up, states, restarts, self._adapters(), self._loaded(), *self._residency())
 
     def _adapters(self) -> Metric:
         """Counts by state, so that the page does not grow with the registry."""
         registry, replicas = self._core.registry, self._core.replicas
         found = Counter(
-            views.everywhere(adapter.shown, replicas, registry.desired)[0]
+            views.everywhere(adapter.shown, replicas, registry.everywhere)[0]
             for adapter in list(registry.adapters.values())
         )
         family = GaugeMetricFamily("tunegate_adapters", "Registered adapters by state.", labels=["state"])
@@ -81,3 +81,22 @@ class ControlCollector(Collector):
             for state, count in sorted(Counter(status.state for status in replica.adapters.values()).items()):
                 family.add_metric([replica.id, state], count)
         return family
+
+    def _residency(self) -> Iterator[Metric]:
+        """Loads and evictions of each replica, what loads cost, and how often an adapter was there when asked for."""
+        loads = CounterMetricFamily("tunegate_adapter_loads", "Adapters loaded and verified.", labels=["replica"])
+        evictions = CounterMetricFamily("tunegate_adapter_evictions", "Adapters unloaded.", labels=["replica"])
+        seconds = CounterMetricFamily(
+            "tunegate_adapter_load_seconds", "Time that loads took, verification included.", labels=["replica"]
+        )
+        residents = self._core.residents
+        for replica in list(self._core.replicas):
+            counts = residents.counts[replica.id]
+            loads.add_metric([replica.id], counts.loads)
+            evictions.add_metric([replica.id], counts.evictions)
+            seconds.add_metric([replica.id], counts.load_s)
+        served = CounterMetricFamily("tunegate_adapter_requests", "Requests that went to an adapter, hits and misses.")
+        served.add_metric([], residents.demand.served)
+        waiting = GaugeMetricFamily("tunegate_adapters_waiting", "Adapters that requests wait for.")
+        waiting.add_metric([], residents.waiting)
+        yield from (loads, evictions, seconds, served, waiting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.responses import Response
 
 from gateway.control.service import Service
 
@@ -14,8 +15,8 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": service.models()}
+    async def list_models() -> Response:
+        return Response(service.models_json(), media_type="application/json")
 
     @router.get("/v1/models/{id:path}")
     async def retrieve_model(id: str) -> dict[str, Any]:

@@ -30,8 +30,8 @@ class Form:
     files: list[Part] = field(default_factory=list)
 
 
-async def receive(request: Request, work: Path, limit_bytes: int) -> Form:
-    """Stream the body of `request` into files below `work`.
+async def receive(request: Request, work: Path, limit_bytes: int, flag: str = "--max-adapter-mb") -> Form:
+    """Stream the body of `request` into files below `work`. flag: what sets the limit, for messages.
 
     Raises InvalidRequest, PayloadTooLarge, OSError.
     """
@@ -40,7 +40,7 @@ async def receive(request: Request, work: Path, limit_bytes: int) -> Form:
     request.state.unread_body = True
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > body_limit_bytes:
-        raise _too_large(limit_bytes)
+        raise _too_large(limit_bytes, flag)
     writer = _Writer(work)
     parser = multipart.MultipartParser(boundary, writer.callbacks())
     received_bytes = 0
@@ -48,7 +48,7 @@ async def receive(request: Request, work: Path, limit_bytes: int) -> Form:
         async for chunk in _stream(request):
             received_bytes += len(chunk)
             if received_bytes > body_limit_bytes:
-                raise _too_large(limit_bytes)
+                raise _too_large(limit_bytes, flag)
             parser.write(chunk)
             if writer.pending_bytes >= _WRITE_BYTES:
                 await asyncio.to_thread(writer.flush)
@@ -82,11 +82,11 @@ def _boundary(content_type: str) -> bytes:
     return boundary
 
 
-def _too_large(limit_bytes: int) -> PayloadTooLarge:
+def _too_large(limit_bytes: int, flag: str) -> PayloadTooLarge:
     return PayloadTooLarge(
-        f"the upload is larger than {limit_bytes // 1_000_000} MB, the limit (--max-adapter-mb)",
+        f"the upload is larger than {limit_bytes // 1_000_000} MB, the limit ({flag})",
         param="file",
-        code="adapter_too_large",
+        code="adapter_too_large" if flag == "--max-adapter-mb" else "file_too_large",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import Any
 
 import click
@@ -15,12 +16,17 @@ class GatewayClient:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._url = url.rstrip("/")
         timeout = httpx2.Timeout(10, read=660, write=660)  # uploads wait until the adapter answers
-        self._http = httpx2.Client(base_url=self._url, headers=headers, timeout=timeout, trust_env=False)
+        # The system's certificates, or those of $SSL_CERT_FILE: for a gateway with a certificate of one's own.
+        verify = ssl.create_default_context()
+        self._options: dict[str, Any] = {
+            "base_url": self._url, "headers": headers, "timeout": timeout, "trust_env": False, "verify": verify,
+        }  # fmt: skip
 
     def call(self, method: str, path: str, **kwargs: Any) -> Any:
         """The decoded JSON answer of one request. Raises click.ClickException."""
         try:
-            response = self._http.request(method, path, **kwargs)
+            with httpx2.Client(**self._options) as http:
+                response = http.request(method, path, **kwargs)
         except httpx2.HTTPError as error:
             raise click.ClickException(
                 f"no answer from {self._url} ({error}); start it with `gateway serve`, or name it by --url"

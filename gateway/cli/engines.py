@@ -13,7 +13,7 @@ from backends import doctor as checks
 from backends import envs, install, registry
 from backends.base import BackendError
 from backends.progress import PlainProgress
-from backends.spec import BACKEND_NAMES, Capabilities, Device
+from backends.spec import BACKEND_NAMES, Device
 
 
 @click.group()
@@ -31,16 +31,11 @@ def list_engines() -> None:
     for name in BACKEND_NAMES:
         able = registry.get(name).capabilities
         click.echo(f"\n{name}")
-        click.echo(f"  adapters    loaded {able.adapter_loading}; {_scalings(able)}")
+        click.echo(f"  adapters    loaded {able.adapter_loading}")
         click.echo(f"  quantized   {' '.join(able.quantizations)}")
         click.echo(f"  serves      chat, completions{', embeddings' if able.embeddings else ''}")
         for note in able.notes:
             click.echo(f"  note        {note}")
-
-
-def _scalings(able: Capabilities) -> str:
-    taken = {"rsLoRA": able.rslora, "rank patterns": able.rank_pattern, "alpha patterns": able.alpha_pattern}
-    return ", ".join(f"{name} {'taken' if yes else 'refused'}" for name, yes in taken.items())
 
 
 @engines.command("install")

@@ -24,11 +24,12 @@ def serve(config_file: Path | None, print_config: bool, **flags: Any) -> None:
     A flag wins over the file. Prints `ready http://HOST:PORT model=NAME` on stdout once requests are answered.
     """
     try:
-        resolved = config.load(config_file, given(flags))
+        source = launcher.Source(config_file.absolute() if config_file else None, given(flags))
+        resolved = config.load(config_file, source.flags)
         if print_config:
             click.echo(_as_yaml(resolved), nl=False)
             return
-        status = launcher.serve(resolved)
+        status = launcher.serve(resolved, source)
     except (config.ConfigError, BackendError) as error:
         raise click.ClickException(str(error)) from error
     sys.exit(status)

@@ -21,9 +21,11 @@ import uvicorn
 
 from backends import process
 from backends.base import BackendError
-from gateway.config import ConfigError, ServeConfig
+from gateway.config import ConfigError
 from gateway.control import wiring
+from gateway.control.hosting import end_others
 from gateway.control.log import JsonLines
+from gateway.control.running import Notebook
 from gateway.control.store import StoreUnavailable
 from gateway.errors import StorageFull
 
@@ -43,9 +45,10 @@ def main() -> None:
     args.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     process.end_strays(args.run_dir)
     try:
-        control = wiring.build(
-            ServeConfig.model_validate_json(args.config_json.read_bytes()), args.run_dir, args.main_pid
-        )
+        notebook = Notebook(args.config_json)
+        running = notebook.read()
+        end_others(args.run_dir, {f"r{index}" for index in running.indices})
+        control = wiring.build(running, args.run_dir, args.main_pid, notebook)
         asyncio.run(_serve(control, args.run_dir))
     except (ConfigError, BackendError) as error:
         _refuse(error, _CONFIG_REFUSED)
@@ -81,15 +84,19 @@ async def _serve(control: wiring.Control, run_dir: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, setattr, server, "should_exit", True)
     await control.core.open()
+    await control.desk.open()
     with _listen(run_dir / "control.sock") as listener:
-        running = asyncio.create_task(control.core.run())
-        running.add_done_callback(lambda _: setattr(server, "should_exit", True))
+        running = [asyncio.create_task(work) for work in (control.core.run(), control.desk.run())]
+        for task in running:
+            task.add_done_callback(lambda _: setattr(server, "should_exit", True))
         await server.serve(sockets=[listener])
-    if running.done():
-        running.result()  # a defect: its traceback ends this process, and engines are adopted by the next
-    running.cancel()
-    await asyncio.wait([running])
+    for task in running:
+        if task.done():
+            task.result()  # a defect: its traceback ends this process, and engines are adopted by the next
+        task.cancel()
+    await asyncio.wait(running)
     await control.core.stop_engines()
+    await control.core.keys.fold()
     control.store.close()
 
 
@@ -109,7 +116,9 @@ def _listen(path: Path) -> socket.socket:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gateway.control", description=__doc__)
-    parser.add_argument("--config-json", type=Path, required=True, help="the resolved configuration")
+    parser.add_argument(
+        "--config-json", type=Path, required=True, help="what is to run: lines of gateway.control.running"
+    )
     parser.add_argument("--run-dir", type=Path, required=True, help="where sockets and state files are")
     parser.add_argument("--main-pid", type=int, required=True, help="engines end with this process")
     return parser.parse_args()

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from gateway.control.canary import Policy
+
 
 class VersionState(StrEnum):
     """What is known of a version for good; where it is served at the moment is observed, not stored."""
@@ -35,12 +37,62 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
+class Cause:
+    """Who moved a pointer, and why."""
+
+    who: str  # the id of an API key, "canary", or "" where access is open
+    why: str
+
+
+NO_CAUSE = Cause("", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """Where the pointer goes as soon as every replica has that version."""
+
+    version: int
+    cause: Cause
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A version that is tried on a share of the name's requests."""
+
+    version: int
+    weight: float  # percent
+    policy: Policy
+    who: str
+    started_at: int  # seconds since the epoch
+    looks: int = 0  # at the counts, made so far
+    start: Mapping[str, Any] = field(default_factory=dict)  # the relays' counts at its start
+    last: Mapping[str, Any] = field(default_factory=dict)  # what the last look saw, for people
+    reason: str = ""  # why it still runs
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of a name's history: its pointer moved, or a canary began or ended."""
+
+    kind: str  # moved | canary started | canary changed | canary ended
+    from_version: int | None
+    to_version: int
+    cause: Cause
+    at: int = 0  # seconds since the epoch; given by the store
+    figures: Mapping[str, Any] | None = None  # what a decision rests on
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """A public name: a pointer to one of its versions."""
 
     name: str
     current: int | None  # None until a version has become ready
     versions: Mapping[int, Version]  # oldest first
+    previous: int | None = None  # where the pointer was before
+    coming: Coming | None = None
+    canary: Canary | None = None
+    aliases: Mapping[str, int | None] = field(default_factory=dict)  # other names -> a version, None: the current one
 
     @property
     def newest(self) -> Version:
@@ -51,6 +103,15 @@ class Adapter:
         """The version that the bare name stands for: the current one, or the newest while there is none."""
         return self.newest if self.current is None else self.versions[self.current]
 
+    @property
+    def target(self) -> tuple[Version, Cause] | None:
+        """The version that the pointer is to move to, and why; None when it stays."""
+        if self.coming is not None:
+            version, cause = self.versions.get(self.coming.version), self.coming.cause
+        else:
+            version, cause = (self.newest if self.current is None else None), Cause("", "the only version that works")
+        return None if version is None or version.state is VersionState.FAILED else (version, cause)
+
 
 Catalog = Mapping[str, Adapter]
 
@@ -58,7 +119,7 @@ Catalog = Mapping[str, Adapter]
 def desired(catalog: Catalog, capacity: int) -> tuple[str, ...]:
     """The content ids that every replica should hold, at most `capacity`, most wanted first.
 
-    First what names point to, then versions on their way up, then older ones that are still called by `name@vN`.
+    First what names point to, then versions on their way up, then those a rollback returns to, then older ones.
     """
     ranked: list[tuple[int, int, int, str]] = []
     for adapter in catalog.values():
@@ -72,18 +133,19 @@ def desired(catalog: Catalog, capacity: int) -> tuple[str, ...]:
 def _urgency(adapter: Adapter, version: Version) -> int:
     if version.version == adapter.current:
         return 0
-    return 1 if adapter.current is None or version.version > adapter.current else 2
+    coming = adapter.coming is not None and version.version == adapter.coming.version
+    tried = adapter.canary is not None and version.version == adapter.canary.version
+    if adapter.current is None or coming or tried or version.version in adapter.aliases.values():
+        return 1
+    return 2 if version.version == adapter.previous or version is adapter.newest else 3
 
 
-def needed(catalog: Catalog) -> int:
-    """How many contents must be loaded so that every name answers, by its current and its coming version."""
-    return len(
-        {
-            version.content_id
-            for adapter in catalog.values()
-            for version in adapter.versions.values()
-            if version.state is not VersionState.FAILED and _urgency(adapter, version) < 2
-        }
+def urgent(adapter: Adapter) -> frozenset[str]:
+    """The contents that must be loaded so that the name answers, by its current and its coming version or canary."""
+    return frozenset(
+        version.content_id
+        for version in adapter.versions.values()
+        if version.state is not VersionState.FAILED and _urgency(adapter, version) < 2
     )
 
 
@@ -95,8 +157,3 @@ def contents(catalog: Catalog) -> frozenset[str]:
 def versions(catalog: Catalog) -> Iterable[Version]:
     """All versions of all adapters."""
     return (version for adapter in catalog.values() for version in adapter.versions.values())
-
-
-def unproven(catalog: Catalog, content_id: str) -> bool:
-    """Whether no engine has ever answered with these contents."""
-    return not any(v.state is VersionState.READY for v in versions(catalog) if v.content_id == content_id)

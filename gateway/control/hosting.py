@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,8 @@ from backends import process, registry, upstream
 from backends.base import Backend, BackendError, Endpoint
 from backends.spec import EngineSpec
 from gateway.config import ConfigError
+
+_OTHERS_GRACE_S = 5.0
 
 
 class WrongModel(BackendError):
@@ -170,20 +172,31 @@ class _Attached:
         return None
 
 
-def gpus_of(index: int, spec: EngineSpec, visible: str | None) -> dict[str, str]:
+def end_others(run_dir: Path, replica_ids: Collection[str]) -> None:
+    """End engines of this gateway that are none of these replicas: a change that control did not live to finish."""
+    for path in run_dir.glob("replica-*.json"):
+        replica_id = path.stem.removeprefix("replica-")
+        if replica_id not in replica_ids and (engine := process.adopt(run_dir, replica_id)) is not None:
+            engine.stop(_OTHERS_GRACE_S)
+
+
+def gpus_of(index: int, spec: EngineSpec, visible: str | None, installed: int) -> dict[str, str]:
     """The environment that gives the replica of this index its own GPUs, after those of the replicas before it.
 
-    visible: CUDA_VISIBLE_DEVICES as it is for the gateway; its order is kept.
+    visible: CUDA_VISIBLE_DEVICES as it is for the gateway; its order is kept. None: all `installed` ones (0:
+    nobody knows). Raises ConfigError when too few are left: an engine would only say that there is no CUDA device.
     """
     count = spec.tensor_parallel * spec.pipeline_parallel
     numbers = range(index * count, (index + 1) * count)
     if visible is None:
-        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, numbers))}
-    names = [name.strip() for name in visible.split(",") if name.strip()]
+        names = [str(number) for number in range(installed or numbers.stop)]
+    else:
+        names = [name.strip() for name in visible.split(",") if name.strip()]
     if numbers.stop > len(names):
+        where = "this machine" if visible is None else f"CUDA_VISIBLE_DEVICES={visible}"
         raise ConfigError(
-            f"replica {index} needs {count} GPUs, CUDA_VISIBLE_DEVICES={visible} leaves it "
-            f"{max(0, len(names) - numbers.start)}; lower --replicas, --tp or --pp"
+            f"replica {index} needs {count} GPUs, {where} leaves it {max(0, len(names) - numbers.start)}; "
+            "lower --replicas, --tp or --pp"
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(names[number] for number in numbers)}
 

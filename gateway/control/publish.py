@@ -1,27 +1,21 @@
-"""Tells the relays who serves what: builds the snapshot, and sends it over `<run>/snapshots.sock` on every change."""
+"""What relays are to know of who serves what, from what is registered and what is observed. Pure functions."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import hashlib
-import logging
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
 from backends.spec import Task
 from gateway import snapshot
 from gateway.adapters.names import pinned
-from gateway.control.catalog import Catalog, Version, VersionState
+from gateway.control.catalog import Adapter, Catalog, Version, VersionState
 from gateway.control.replica import Replica
-from gateway.snapshot import Applied, Model, Snapshot
+from gateway.observe.cells import ADAPTER_ROW
+from gateway.snapshot import Key, Model, Snapshot
 
-_log = logging.getLogger(__name__)
-_SEND_LIMIT_S = 10.0  # for a relay to take one snapshot; then its connection is dropped, and it comes back
+Cell = Callable[[Replica, str | None], int]  # the first cell of a content id's row on a replica; None: the base's
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,31 +23,63 @@ class Public:
     """What the configuration says to clients."""
 
     base: str  # the base model's name, to clients and engines alike
-    key_digests: dict[str, str]
+    keys: dict[str, Key]  # SHA-256 hex of an API key -> what it opens; empty: open access
     task: Task = "generate"
+    limits: snapshot.Limits | None = None  # None: those that relays were started with
+    reloads: int = 0
 
 
-def key_digests(keys: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of each API key -> the id by which logs show it."""
-    digests = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
-    return {digest: f"key-{digest[:8]}" for digest in digests}
+def shared_row(replica: Replica, content_id: str | None) -> int:
+    """A `Cell` where nobody looks at adapters one by one."""
+    return ADAPTER_ROW
 
 
-def build(version: int, public: Public, replicas: Sequence[Replica], catalog: Catalog) -> Snapshot:
-    """The whole picture, from what is registered and what is observed."""
-    models = {public.base: _base(public.base, replicas)}
+def build(
+    version: int,
+    public: Public,
+    replicas: Sequence[Replica],
+    catalog: Catalog,
+    cell: Cell = shared_row,
+    on_demand: bool = False,
+) -> Snapshot:
+    """The whole picture."""
+    models = {public.base: base_model(public.base, replicas, cell)}
     for adapter in catalog.values():
-        models[adapter.name] = _model(adapter.name, public.base, adapter.shown, replicas)
-        for number, own in adapter.versions.items():
-            name = pinned(adapter.name, number)
-            models[name] = _model(name, public.base, own, replicas)
-    return Snapshot(
-        version,
-        tuple(_replica(replica) for replica in replicas if replica.answers),
-        models,
-        public.key_digests,
-        public.task,
-    )
+        models |= names_of(adapter, public.base, replicas, cell, on_demand)
+    return rest_of(version, public, replicas, models)
+
+
+def rest_of(version: int, public: Public, replicas: Sequence[Replica], models: dict[str, Model]) -> Snapshot:
+    """The picture with these models."""
+    answering = tuple(_replica(replica) for replica in replicas if replica.answers)
+    return Snapshot(version, answering, models, public.keys, public.task, public.limits, public.reloads)
+
+
+def names_of(
+    adapter: Adapter, base: str, replicas: Sequence[Replica], cell: Cell = shared_row, on_demand: bool = False
+) -> dict[str, Model]:
+    """Every name by which an adapter and its versions are called.
+
+    on_demand: what is loaded nowhere is loaded when it is asked for. Versions are then listed only where they are
+    loaded; relays ask for the others, knowing the name.
+    """
+    models = {}
+    for number, version in adapter.versions.items():
+        name = pinned(adapter.name, number)
+        models[name] = _model(name, base, version, replicas, cell, on_demand)
+    own = _model(adapter.name, base, adapter.shown, replicas, cell, on_demand)
+    if adapter.canary is not None and adapter.current is not None:
+        tried = models[pinned(adapter.name, adapter.canary.version)]
+        stay = pinned(adapter.name, adapter.current)
+        own = msgspec.structs.replace(own, canary=snapshot.Canary(tried, stay, adapter.canary.weight / 100))
+    models[adapter.name] = own
+    for alias, pinned_to in adapter.aliases.items():
+        models[alias] = own if pinned_to is None else models[pinned(adapter.name, pinned_to)]
+    for number in adapter.versions:
+        model = models[pinned(adapter.name, number)]
+        if model.on_demand and not model.engine_models:
+            del models[model.id]
+    return models
 
 
 def _replica(replica: Replica) -> snapshot.Replica:
@@ -64,24 +90,23 @@ def _replica(replica: Replica) -> snapshot.Replica:
     )
 
 
-def _base(name: str, replicas: Sequence[Replica]) -> Model:
-    ready = {
-        replica.id: replica.backend.engine_model(name, None)
-        for replica in replicas
-        if replica.accepting and replica.backend is not None
-    }
+def base_model(name: str, replicas: Sequence[Replica], cell: Cell = shared_row) -> Model:
+    """The base model's name."""
+    serving = [replica for replica in replicas if replica.accepting and replica.backend is not None]
+    ready = {replica.id: replica.backend.engine_model(name, None) for replica in serving if replica.backend}
     states = ", ".join(f"{replica.id} is {replica.state}" for replica in replicas)
-    return Model(name, None, None, ready, "" if ready else states)
+    rows = {replica.id: cell(replica, None) for replica in serving}
+    return Model(name, None, None, ready, "" if ready else states, rows)
 
 
-def _model(name: str, base: str, version: Version, replicas: Sequence[Replica]) -> Model:
+def _model(name: str, base: str, version: Version, replicas: Sequence[Replica], cell: Cell, on_demand: bool) -> Model:
     content_id = version.content_id
-    ready = {
-        replica.id: replica.backend.engine_model(base, content_id)
-        for replica in replicas
-        if replica.accepting and replica.backend is not None and replica.adapter_ready(content_id)
-    }
-    return Model(name, base, content_id, ready, "" if ready else why_unready(version, replicas))
+    serving = [replica for replica in replicas if replica.accepting and replica.adapter_ready(content_id)]
+    ready = {replica.id: replica.backend.engine_model(base, content_id) for replica in serving if replica.backend}
+    waits = on_demand and version.state is not VersionState.FAILED
+    reason = "" if ready or waits else why_unready(version, replicas)
+    rows = {replica.id: cell(replica, content_id) for replica in serving} if ready else {}
+    return Model(name, base, content_id, ready, reason, rows, on_demand=waits)
 
 
 def why_unready(version: Version, replicas: Sequence[Replica]) -> str:
@@ -90,7 +115,7 @@ def why_unready(version: Version, replicas: Sequence[Replica]) -> str:
         return f"it failed: {version.reason}"
     reasons = []
     for replica in replicas:
-        status = replica.adapters.get(version.content_id)
+        status = replica.status(version.content_id)
         if not replica.answers:
             reasons.append(f"{replica.id} is {replica.state}")
         elif status is None:
@@ -98,102 +123,3 @@ def why_unready(version: Version, replicas: Sequence[Replica]) -> str:
         else:
             reasons.append(f"it is {status.state} on {replica.id}{': ' if status.reason else ''}{status.reason}")
     return ", ".join(reasons)
-
-
-class Publisher:
-    """Serves the newest snapshot to every relay that connects; relays keep what they have when it is away."""
-
-    def __init__(self, socket_path: Path) -> None:
-        self._path = socket_path
-        self._current: Snapshot | None = None
-        self._applied: dict[int, int] = {}  # connection -> the version that its relay routes by
-        self._relays: dict[int, int] = {}  # connection -> relay index, once it has said so
-        self._news = asyncio.Condition()
-        self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
-
-    def __repr__(self) -> str:
-        relays = ", ".join(f"{self._relays[key]}@{self._applied[key]}" for key in sorted(self._relays))
-        return f"<Publisher v{self._current.version if self._current else 0}: {relays or 'no relay'}>"
-
-    @property
-    def current(self) -> Snapshot | None:
-        return self._current
-
-    async def start(self) -> None:
-        """Listen; the socket is for this user alone."""
-        self._path.unlink(missing_ok=True)
-        mask = os.umask(0o177)
-        try:
-            self._server = await asyncio.start_unix_server(self._serve, self._path)
-        finally:
-            os.umask(mask)
-
-    async def stop(self) -> None:
-        """Stop listening and let the relays go."""
-        if self._server is not None:
-            self._server.close()
-        for connection in self._connections:
-            connection.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
-        self._path.unlink(missing_ok=True)
-
-    async def publish(self, new: Snapshot) -> None:
-        """Make `new` the current one; it is sent as soon as each relay reads."""
-        async with self._news:
-            self._current = new
-            self._news.notify_all()
-
-    async def wait_applied(self, version: int, timeout_s: float) -> bool:
-        """Until every connected relay routes by that version or a newer one; False when the time is over."""
-        try:
-            async with asyncio.timeout(timeout_s), self._news:
-                await self._news.wait_for(lambda: all(applied >= version for applied in self._applied.values()))
-                return True
-        except TimeoutError:
-            _log.warning("relays did not take snapshot %s within %s s: %r", version, timeout_s, self)
-            return False
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)
-        key = id(task)
-        self._applied[key] = 0
-        sending = asyncio.create_task(self._send(writer))
-        try:
-            while line := await reader.readline():
-                applied = msgspec.json.decode(line, type=Applied)
-                async with self._news:
-                    self._relays[key] = applied.relay
-                    self._applied[key] = applied.version
-                    self._news.notify_all()
-        except (ConnectionError, ValueError) as error:
-            _log.warning("a relay's connection to control broke: %s", error)
-        finally:
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
-            self._connections.discard(task)
-            self._relays.pop(key, None)
-            self._applied.pop(key, None)
-            writer.close()
-            async with self._news:
-                self._news.notify_all()
-
-    async def _send(self, writer: asyncio.StreamWriter) -> None:
-        """Send each new snapshot; one that is outdated before the relay reads it is skipped."""
-        sent = 0
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            while True:
-                current = await self._newer_than(sent)
-                writer.write(msgspec.json.encode(current) + b"\n")
-                async with asyncio.timeout(_SEND_LIMIT_S):
-                    await writer.drain()
-                sent = current.version
-        writer.close()
-
-    async def _newer_than(self, version: int) -> Snapshot:
-        async with self._news:
-            while self._current is None or self._current.version <= version:
-                await self._news.wait()
-            return self._current

@@ -19,11 +19,14 @@ import httpx2
 from sqlalchemy.exc import SQLAlchemyError
 
 from backends import upstream
-from backends.base import AdapterRejected, Backend, EngineUnreachable, UnsupportedSpec
+from backends.base import AdapterRejected, Backend, EngineBusy, EngineUnreachable, UnsupportedSpec
 from backends.spec import AdapterLoading, Task
+from gateway.adapters.names import is_content_id
+from gateway.control.gate import Asked, Gate
 from gateway.control.plan import Action, Load, Unload, plan
 from gateway.control.registry import Registry
 from gateway.control.replica import AdapterState, Replica
+from gateway.control.residents import Residents
 from gateway.control.timings import Timings
 from gateway.errors import StorageFull
 
@@ -46,6 +49,7 @@ class Surroundings:
     served_name: str  # the base model's, at the engines
     task: Task
     owned: bool  # whether replicas can be started again by us
+    gate: Gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +60,14 @@ class _Refusal:
     again_at: float  # monotonic
 
 
-class _Busy(Exception):
-    """The engine has no time for the request that verifies an adapter."""
-
-
 class Reconciler:
     """Keeps the adapters of all replicas. `keep` runs for each while it is ready."""
 
-    def __init__(self, registry: Registry, surroundings: Surroundings, timings: Timings) -> None:
+    def __init__(
+        self, registry: Registry, residents: Residents, surroundings: Surroundings, timings: Timings
+    ) -> None:
         self._registry = registry
+        self._residents = residents
         self._around = surroundings
         self._timings = timings
         self._wakes: dict[str, asyncio.Event] = {}
@@ -77,6 +80,13 @@ class Reconciler:
         for wake in self._wakes.values():
             wake.set()
 
+    def forget(self, replica_id: str) -> None:
+        """That replica is gone for good."""
+        self._wakes.pop(replica_id, None)
+        if self._rolling == replica_id:
+            self._rolling = None
+            self.wake()
+
     async def keep(self, replica: Replica) -> None:
         """Until the replica is to be started again, or we are cancelled because it is not ready any more."""
         assert replica.backend is not None
@@ -88,11 +98,14 @@ class Reconciler:
             wake.clear()
             try:
                 observed = await replica.backend.list_adapters(_client(replica))
-                _forget_lost(replica, observed, self._registry)
                 await self._condemn_killers()
-                _prune(refusals, self._registry.desired)
+                desired = self._residents.desired(replica, observed)
+                _forget_lost(replica, observed, desired, self._registry)
+                _prune(refusals, desired)
                 step = self._static_step if at_start else self._step
-                wait_s = await step(replica, replica.backend, observed, refusals)
+                wait_s = await step(replica, replica.backend, observed, desired, refusals)
+                if wait_s > 0:  # nothing is left to be done
+                    replica.settle()
             except EngineUnreachable as error:
                 # Whether it is dead is the supervisor's to judge; if it only was busy, it is asked again.
                 _log.info("replica %s: %s", replica.id, error)
@@ -114,28 +127,39 @@ class Reconciler:
                 await self._registry.condemn(content_id, f"{replica.id} did not start with it: {reason}")
 
     async def _step(
-        self, replica: Replica, backend: Backend, observed: frozenset[str], refusals: dict[str, _Refusal]
+        self,
+        replica: Replica,
+        backend: Backend,
+        observed: frozenset[str],
+        desired: Sequence[str],
+        refusals: dict[str, _Refusal],
     ) -> float:
         """The next action on a replica that loads at run time; seconds until the next look."""
-        desired = self._registry.desired
         verified = [name for name in observed if replica.adapter_ready(name)]
         actions = plan(desired, observed, verified, self._held_back(replica, refusals))
         if not actions:
             waits = [refusal.again_at - time.monotonic() for refusal in refusals.values()]
             return max(0.0, min([self._timings.resync_s, *waits]))
         _queue(replica, actions)
-        action = actions[0]
-        if isinstance(action, Unload):
-            await self._unload(replica, backend, action.content_id)
-        else:
-            await self._bring_up(replica, backend, action.content_id, isinstance(action, Load), refusals)
-        return 0.0
+        full = sum(map(is_content_id, observed)) >= self._registry.capacity
+        for action in actions:
+            if isinstance(action, Unload):
+                if await self._unload(replica, backend, action.content_id):
+                    return 0.0
+            elif not (full and isinstance(action, Load)):
+                await self._bring_up(replica, backend, action.content_id, isinstance(action, Load), refusals)
+                return 0.0
+        return self._timings.poll_s  # what is in the way drains
 
     async def _static_step(
-        self, replica: Replica, backend: Backend, observed: frozenset[str], refusals: dict[str, _Refusal]
+        self,
+        replica: Replica,
+        backend: Backend,
+        observed: frozenset[str],
+        desired: Sequence[str],
+        refusals: dict[str, _Refusal],
     ) -> float:
         """The same for an engine that takes adapters only at its start. What it has too much stays until then."""
-        desired = self._registry.desired
         missing = [name for name in desired if name not in observed]
         unverified = [name for name in desired if name in observed and not replica.adapter_ready(name)]
         held_back = self._held_back(replica, refusals)
@@ -176,6 +200,7 @@ class Reconciler:
     ) -> None:
         """Load and verify one adapter, and record how it went."""
         unproven = self._registry.unproven(content_id)
+        started_s = time.monotonic()
         if unproven:
             self._proving[content_id] = replica.id
             self._deaths[content_id] += 1  # taken back unless the engine dies or hangs, which also cancels us
@@ -184,7 +209,7 @@ class Reconciler:
                 replica.set_adapter(content_id, AdapterState.LOADING)
                 await self._load(replica, backend, content_id)
             replica.set_adapter(content_id, AdapterState.VERIFYING)
-            await self._verify(replica, backend, content_id)
+            seen = await self._verify(replica, backend, content_id)
         except (AdapterRejected, UnsupportedSpec) as error:
             self._deaths.pop(content_id, None)
             replica.set_adapter(content_id, AdapterState.FAILED, str(error))
@@ -192,7 +217,8 @@ class Reconciler:
                 await self._registry.condemn(content_id, str(error))
             else:
                 refusals[content_id] = self._refusal(refusals.get(content_id))
-        except _Busy as error:
+                self._residents.refused(replica, content_id, str(error))
+        except EngineBusy as error:
             self._deaths[content_id] -= 1
             replica.set_adapter(content_id, AdapterState.VERIFYING, str(error))
             refusals[content_id] = self._refusal(refusals.get(content_id))
@@ -204,7 +230,9 @@ class Reconciler:
             refusals.pop(content_id, None)
             # First for good, then to be seen: another replica that starts now must not take it for unproven.
             await self._registry.prove(content_id)
-            replica.set_adapter(content_id, AdapterState.READY)
+            replica.set_adapter(content_id, AdapterState.READY, seen)
+            if load:
+                self._residents.loaded(replica, content_id, time.monotonic() - started_s)
         finally:
             if self._proving.pop(content_id, None):
                 self.wake()
@@ -217,8 +245,8 @@ class Reconciler:
             await asyncio.sleep(_LISTED_EVERY_S)
         raise AdapterRejected(f"{backend.name} said that it loaded {content_id}, and does not list it")
 
-    async def _verify(self, replica: Replica, backend: Backend, content_id: str) -> None:
-        """A real request for one token, by the adapter's name."""
+    async def _verify(self, replica: Replica, backend: Backend, content_id: str) -> str:
+        """A real request for one token, by the adapter's name, then its golden prompts; what those showed, in words."""
         model = backend.engine_model(self._around.served_name, content_id)
         path, body = "/v1/completions", {"model": model, "prompt": "a", "max_tokens": 1, "temperature": 0}
         if self._around.task == "embed":
@@ -227,30 +255,43 @@ class Reconciler:
             response = await upstream.post(_client(replica), path, body, self._timings.verify_s)
         except EngineUnreachable as error:
             if isinstance(error.__cause__, httpx2.TimeoutException):
-                raise _Busy(f"the engine had no time for a first request with it: {error}") from error
+                raise EngineBusy(f"the engine had no time for a first request with it: {error}") from error
             raise
         if response.status_code in _BUSY:
-            raise _Busy(f"the engine had no time for a first request with it: {upstream.error_text(response)}")
+            raise EngineBusy(f"the engine had no time for a first request with it: {upstream.error_text(response)}")
         if response.status_code != 200:
             raise AdapterRejected(
                 f"{backend.name} loaded it, and answered the first request with it by {response.status_code}: "
                 f"{upstream.error_text(response)}"
             )
+        if self._around.task == "embed":
+            return ""
+        if content_id not in replica.passed:
+            asked = Asked(_client(replica), self._around.served_name, replica.max_model_len, self._timings.verify_s)
+            directory = self._registry.path_of(content_id)
+            replica.passed[content_id] = await self._around.gate.check(backend, asked, content_id, directory)
+        return replica.passed[content_id]
 
-    async def _unload(self, replica: Replica, backend: Backend, content_id: str) -> None:
-        replica.set_adapter(content_id, AdapterState.DRAINING)
-        await self._around.published()
-        await self._quiet(replica, self._timings.settle_s)
+    async def _unload(self, replica: Replica, backend: Backend, content_id: str) -> bool:
+        """Unload what no request uses any more; False while one does."""
+        status = replica.status(content_id)
+        if status is None or status.state is not AdapterState.DRAINING:
+            replica.set_adapter(content_id, AdapterState.DRAINING)
+            await self._around.published()
+        if not self._residents.quiet(replica, content_id):
+            return False
         try:
             await backend.unload_adapter(_client(replica), content_id)
             listed = content_id in await backend.list_adapters(_client(replica))
         except EngineUnreachable as error:
             replica.request_restart(f"it did not unload {content_id}: {error}")
-            return
+            return True
         if listed:
             replica.request_restart(f"it said that it unloaded {content_id}, and still lists it")
-            return
+            return True
         replica.forget_adapter(content_id)
+        self._residents.unloaded(replica, content_id)
+        return True
 
     async def _quiet(self, replica: Replica, limit_s: float) -> None:
         """Wait until no request is in flight on the replica, or the time is over."""
@@ -290,14 +331,13 @@ def _queue(replica: Replica, actions: Sequence[Action]) -> None:
             replica.set_adapter(action.content_id, AdapterState.LOADING)
 
 
-def _forget_lost(replica: Replica, observed: frozenset[str], registry: Registry) -> None:
+def _forget_lost(replica: Replica, observed: frozenset[str], desired: Sequence[str], registry: Registry) -> None:
     """Drop what the engine does not have any more; a refusal stays readable while someone names the contents."""
-    named = registry.contents
     for content_id, status in replica.adapters.items():
         if content_id in observed:
             continue
-        waiting = status.state is AdapterState.LOADING and content_id in registry.desired
-        refused = status.state is AdapterState.FAILED and content_id in named
+        waiting = status.state is AdapterState.LOADING and content_id in desired
+        refused = status.state is AdapterState.FAILED and registry.index.users(content_id) and not registry.on_demand
         if not waiting and not refused:
             replica.forget_adapter(content_id)
 

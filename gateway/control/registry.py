@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from gateway.adapters.intake import Accepted
 from gateway.adapters.storage import AdapterStorage
 from gateway.control import catalog
-from gateway.control.catalog import Adapter, Version, VersionState
+from gateway.control.catalog import NO_CAUSE, Adapter, Canary, Cause, Event, Version, VersionState
+from gateway.control.index import Index
 from gateway.control.store import NewVersion, Store
 from gateway.errors import Conflict
 
@@ -27,7 +29,15 @@ class Registry:
         """capacity: contents that one replica keeps loaded, SPARE included. on_change: called after each change."""
         self.capacity = capacity
         self.adapters: dict[str, Adapter] = {}
-        self.desired: tuple[str, ...] = ()  # content ids that every replica should hold, most wanted first
+        self.aliases: dict[str, str] = {}  # alias -> the adapter that has it
+        # Content ids that every replica should hold, most wanted first; empty where they are loaded on demand.
+        self.desired: tuple[str, ...] = ()
+        self._desired_set: frozenset[str] = frozenset()
+        self.index = Index()
+        self.at_start = False  # engines take adapters only when they start: there is no loading on demand
+        self.generation = 0  # grows with each change
+        self._changed_names: set[str] = set()
+        self._left = False  # contents may lie in the storage that nothing names
         # Held from an upload's commit to its registration, so that `collect` does not see it as garbage between.
         self.contents_lock = asyncio.Lock()
         self._write_lock = asyncio.Lock()
@@ -39,17 +49,28 @@ class Registry:
     async def open(self) -> None:
         """Migrate the store, load the catalogue, and clear the storage of what a crash left."""
         await asyncio.to_thread(self._store.migrate)
-        self.adapters = await asyncio.to_thread(self._store.adapters)
-        orphans = await asyncio.to_thread(self._storage.sweep, self.contents)
+        for name, adapter in (await asyncio.to_thread(self._store.adapters)).items():
+            self._put(name, adapter)
+        orphans = await asyncio.to_thread(self._storage.sweep, catalog.contents(self.adapters))
         if orphans:
             _log.warning("removed adapter contents that no version names: %s", ", ".join(orphans))
         await self._reserve_snapshot_versions()
         self._changed()
 
     @property
-    def contents(self) -> frozenset[str]:
-        """Every content id that some version names."""
-        return catalog.contents(self.adapters)
+    def on_demand(self) -> bool:
+        """Whether more is registered than a replica holds, so that adapters are loaded when they are asked for."""
+        return not self.at_start and (len(self.adapters) > self.capacity - SPARE or self.index.needed > self.capacity)
+
+    @property
+    def everywhere(self) -> frozenset[str] | None:
+        """The contents that every replica should hold; None where they are loaded on demand."""
+        return None if self.on_demand else self._desired_set
+
+    def take_changed(self) -> set[str]:
+        """The names of adapters that changed since the last call."""
+        changed, self._changed_names = self._changed_names, set()
+        return changed
 
     def path_of(self, content_id: str) -> Path:
         """Where the contents lie."""
@@ -57,18 +78,26 @@ class Registry:
 
     def unproven(self, content_id: str) -> bool:
         """Whether no engine has ever answered with these contents."""
-        return catalog.unproven(self.adapters, content_id)
+        return self.index.unproven(content_id)
 
     def find(self, name: str, number: int | None) -> Version | None:
-        """The version that a name, or `name@vN`, stands for."""
+        """The version that a name, an alias or `name@vN` stands for."""
+        if name in self.aliases:
+            name, number = self.aliases[name], self.adapters[self.aliases[name]].aliases[name]
         adapter = self.adapters.get(name)
         if adapter is None:
             return None
         return adapter.shown if number is None else adapter.versions.get(number)
 
     def check_room(self, name: str) -> None:
-        """Refuse what would not fit on a replica beside the rest. Raises Conflict."""
-        taken = catalog.needed(self.adapters)
+        """Refuse what could not be called. Raises Conflict.
+
+        Where adapters come and go while an engine serves, any number may be registered. An engine that takes them
+        only at its start must hold them all.
+        """
+        if not self.at_start and self.capacity > SPARE:
+            return
+        taken = self.index.needed
         if name not in self.adapters and taken >= self.capacity - SPARE:
             raise Conflict(
                 f"{taken} adapters are registered, the most that one replica keeps loaded; delete one or restart "
@@ -82,10 +111,13 @@ class Registry:
                 code="too_many_adapters",
             )
 
-    async def admit(self, name: str, base: str, accepted: Accepted) -> tuple[Version, bool]:
+    async def admit(
+        self, name: str, base: str, accepted: Accepted, cause: Cause | None = NO_CAUSE
+    ) -> tuple[Version, bool]:
         """Register stored contents under a name; the version and whether it is new, or tried anew after it failed.
 
-        Raises Conflict.
+        cause: of the pointer's move to it, once every replica has it; None leaves the pointer where it is. Raises
+        Conflict.
         """
         stored = accepted.stored
         known = self.adapters.get(name)
@@ -94,8 +126,15 @@ class Registry:
                 again = version.state is VersionState.FAILED
                 if again:
                     await self._set_state(version, VersionState.VALIDATED, "")
+                if cause is not None:
+                    await self.aim(version, cause)
                 return self.adapters[name].versions[version.version], again
-        self.check_room(name)
+        try:
+            self.check_room(name)
+        except Conflict:
+            self._left = True
+            self._on_change()  # so that they are collected
+            raise
         new = NewVersion(
             content_id=stored.content_id,
             sha256=stored.sha256,
@@ -105,7 +144,7 @@ class Registry:
             size_bytes=stored.size_bytes,
             metadata=accepted.metadata,
         )
-        await self._write(name, functools.partial(self._store.add_version, name, new))
+        await self._write(name, functools.partial(self._store.add_version, name, new, cause))
         return self.adapters[name].newest, True
 
     async def prove(self, content_id: str) -> None:
@@ -117,9 +156,32 @@ class Registry:
         _log.warning("adapter contents %s failed: %s", content_id, reason)
         await self._judge(content_id, VersionState.FAILED, reason)
 
-    async def promote(self, version: Version) -> None:
-        """Point the name to this version."""
-        await self._write(version.name, functools.partial(self._store.set_current, version))
+    async def aim(self, version: Version, cause: Cause) -> None:
+        """Have the name point to this version as soon as replicas have it."""
+        adapter = self.adapters[version.name]
+        if adapter.current != version.version or adapter.coming is not None:
+            await self._write(version.name, functools.partial(self._store.set_coming, version, cause))
+
+    async def promote(self, version: Version, cause: Cause, figures: Mapping[str, Any] | None = None) -> None:
+        """Point the name to this version, which ends its canary. figures: what decided."""
+        await self._write(version.name, functools.partial(self._store.set_current, version, cause, figures))
+
+    async def set_canary(self, name: str, canary: Canary | None, event: Event | None = None) -> None:
+        """Start, change or end a canary, and record it."""
+        await self._write(name, functools.partial(self._store.set_canary, name, canary, event))
+
+    async def set_alias(self, alias: str, name: str, number: int | None) -> None:
+        """Make another name for an adapter, or for one of its versions."""
+        await self._write(name, functools.partial(self._store.set_alias, alias, name, number))
+
+    async def delete_alias(self, alias: str) -> None:
+        """Forget an alias."""
+        name = self.aliases[alias]
+        await self._write(name, functools.partial(self._store.delete_alias, alias, name))
+
+    async def history(self, name: str, limit: int) -> list[Event]:
+        """What happened to a name's pointer and canaries, newest first."""
+        return await asyncio.to_thread(self._store.history, name, limit)
 
     async def delete(self, name: str) -> None:
         """Forget an adapter with all its versions."""
@@ -131,9 +193,16 @@ class Registry:
 
     async def collect(self, loaded: Collection[str]) -> None:
         """Delete contents that nothing names and no replica has loaded."""
+        if not self._left:
+            return
         async with self.contents_lock:
+            self._left = False
             for content_id in await asyncio.to_thread(self._storage.stored):
-                if content_id not in self.contents and content_id not in loaded:
+                if self.index.users(content_id):
+                    continue
+                if content_id in loaded:
+                    self._left = True
+                else:
                     await asyncio.to_thread(self._storage.remove, content_id)
 
     async def next_snapshot_version(self) -> int:
@@ -149,8 +218,8 @@ class Registry:
         self._snapshot_versions = iter(range(first, first + _RESERVED))
 
     async def _judge(self, content_id: str, state: VersionState, reason: str) -> None:
-        for version in list(catalog.versions(self.adapters)):
-            if version.content_id == content_id and version.state is VersionState.VALIDATED:
+        for version in self.index.users(content_id):
+            if version.state is VersionState.VALIDATED:
                 await self._set_state(version, state, reason)
 
     async def _set_state(self, version: Version, state: VersionState, reason: str) -> None:
@@ -164,12 +233,24 @@ class Registry:
     async def _write_one(self, name: str, change: Callable[[], Adapter | None]) -> None:
         async with self._write_lock:
             adapter = await asyncio.to_thread(change)
-            if adapter is None:
-                self.adapters.pop(name, None)
-            else:
-                self.adapters[name] = adapter
+            self._put(name, adapter)
             self._changed()
 
+    def _put(self, name: str, adapter: Adapter | None) -> None:
+        """Show an adapter as it is from now on; it costs the same whatever else is registered."""
+        before = self.adapters.pop(name, None)
+        for alias in before.aliases if before is not None else ():
+            self.aliases.pop(alias, None)
+        if before is not None and (adapter is None or len(adapter.versions) < len(before.versions)):
+            self._left = True
+        if adapter is not None:
+            self.adapters[name] = adapter
+            self.aliases.update(dict.fromkeys(adapter.aliases, name))
+        self.index.put(name, adapter)
+        self._changed_names.add(name)
+        self.generation += 1
+
     def _changed(self) -> None:
-        self.desired = catalog.desired(self.adapters, self.capacity)
+        self.desired = () if self.on_demand else catalog.desired(self.adapters, self.capacity)
+        self._desired_set = frozenset(self.desired)
         self._on_change()

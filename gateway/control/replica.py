@@ -56,9 +56,12 @@ class Replica:
         self._adapters: dict[str, AdapterStatus] = {}
         self._state = State.STARTING
         self._drains: set[str] = set()
+        self._changed: set[str] = set()  # contents whose routing may be different since `take_changed`
         self._on_change = on_change
+        self.passed: dict[str, str] = {}  # contents that passed the golden gate on this engine -> what was seen
         self.restart_wanted: tuple[str, bool] | None = None  # why, and whether it was planned
         self.planned = False  # it is away because of a planned restart
+        self.settled = False  # whether it is known what an earlier control process left here: an engine, its adapters
 
     def __repr__(self) -> str:
         """`<Replica r0 vllm ready: a-0123456789ab ready, a-ba9876543210 failed>`"""
@@ -91,9 +94,26 @@ class Replica:
             return
         self._state, self.reason = state, reason
         self.planned = self.planned and state in (State.LOADING, State.STARTING)
+        self._changed.update(self._adapters)
         if state is not State.READY:
             self._adapters.clear()
+            self.passed.clear()
         self._on_change()
+
+    def settle(self) -> None:
+        """What was left here is known now, or there was nothing."""
+        if not self.settled:
+            self.settled = True
+            self._on_change()
+
+    def take_changed(self) -> set[str]:
+        """The contents that changed here since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
+
+    def status(self, content_id: str) -> AdapterStatus | None:
+        """An adapter's status here; None: it is not here."""
+        return self._adapters.get(content_id)
 
     @property
     def adapters(self) -> dict[str, AdapterStatus]:
@@ -110,21 +130,25 @@ class Replica:
         status = AdapterStatus(state, reason)
         if self._adapters.get(content_id) != status:
             self._adapters[content_id] = status
+            self._changed.add(content_id)
             self._on_change()
 
     def forget_adapter(self, content_id: str) -> None:
         """The adapter is not on this replica any more."""
         if self._adapters.pop(content_id, None):
+            self._changed.add(content_id)
             self._on_change()
 
     def drain(self, by: str) -> None:
         """Take it out of traffic for one purpose; it returns when no purpose is left."""
         self._drains.add(by)
+        self._changed.update(self._adapters)
         self._on_change()
 
     def resume(self, by: str) -> None:
         """End one purpose of draining."""
         self._drains.discard(by)
+        self._changed.update(self._adapters)
         self._on_change()
 
     def connect(self, endpoint: Endpoint, client: httpx2.AsyncClient) -> None:

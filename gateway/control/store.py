@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import alembic.command
 import alembic.config
+import msgspec
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -22,12 +23,13 @@ from sqlalchemy import (
     delete,
     event,
     make_url,
+    select,
 )
 from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 from gateway.config import ConfigError
-from gateway.control.catalog import Adapter, Version, VersionState
+from gateway.control.catalog import NO_CAUSE, Adapter, Canary, Cause, Coming, Event, Version, VersionState
 from gateway.errors import StorageFull
 
 _BUSY_TIMEOUT_S = 30
@@ -49,8 +51,14 @@ class _AdapterRow(_Base):
     current_version: Mapped[int | None]
     last_version: Mapped[int]  # numbers are not given twice
     created_at: Mapped[int]
+    previous_version: Mapped[int | None]
+    coming: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    canary: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     versions: Mapped[list[_VersionRow]] = relationship(
         order_by="_VersionRow.version", lazy="selectin", cascade="all, delete-orphan", passive_deletes=True
+    )
+    aliases: Mapped[list[_AliasRow]] = relationship(
+        order_by="_AliasRow.alias", lazy="selectin", cascade="all, delete-orphan", passive_deletes=True
     )
 
 
@@ -70,6 +78,28 @@ class _VersionRow(_Base):
     state: Mapped[str]
     reason: Mapped[str] = mapped_column(Text)
     details: Mapped[dict[str, Any]] = mapped_column("metadata", JSON)
+
+
+class _AliasRow(_Base):
+    __tablename__ = "aliases"
+
+    alias: Mapped[str] = mapped_column(primary_key=True)
+    adapter_name: Mapped[str] = mapped_column(ForeignKey("adapters.name", ondelete="CASCADE"), index=True)
+    version: Mapped[int | None]
+
+
+class _EventRow(_Base):
+    __tablename__ = "adapter_history"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    adapter_name: Mapped[str] = mapped_column(ForeignKey("adapters.name", ondelete="CASCADE"), index=True)
+    at: Mapped[int]
+    kind: Mapped[str]
+    from_version: Mapped[int | None]
+    to_version: Mapped[int]
+    who: Mapped[str] = mapped_column(Text)
+    why: Mapped[str] = mapped_column(Text)
+    figures: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class _CounterRow(_Base):
@@ -118,13 +148,18 @@ class Store:
         with self._session() as session:
             return {row.name: _adapter(row) for row in session.query(_AdapterRow).order_by(_AdapterRow.name)}
 
-    def add_version(self, name: str, new: NewVersion) -> Adapter:
-        """Register a version, the adapter with it when the name is new."""
+    def add_version(self, name: str, new: NewVersion, cause: Cause | None = None) -> Adapter:
+        """Register a version, the adapter with it when the name is new.
+
+        cause: of the pointer's move to it, once every replica has it; None leaves the pointer where it is.
+        """
         now = int(time.time())
         with self._session() as session:
             row = session.get(_AdapterRow, name)
             if row is None:
-                row = _AdapterRow(name=name, current_version=None, last_version=0, created_at=now, versions=[])
+                row = _AdapterRow(
+                    name=name, current_version=None, last_version=0, created_at=now, versions=[], aliases=[]
+                )
                 session.add(row)
             row.last_version += 1
             row.versions.append(
@@ -142,26 +177,89 @@ class Store:
                     details=new.metadata,
                 )
             )
+            if cause is not None:
+                row.coming = msgspec.to_builtins(Coming(row.last_version, cause))
             session.flush()
             return _adapter(row)
 
     def set_state(self, version: Version, state: VersionState, reason: str = "") -> Adapter | None:
-        """Record what is known of a version; None when it is gone."""
+        """Record what is known of a version, if it is still there; None when the adapter is gone."""
         with self._session() as session:
             row = session.get(_VersionRow, (version.name, version.version))
-            if row is None:
-                return None
-            row.state, row.reason = state, reason
-            return _adapter(session.get_one(_AdapterRow, version.name))
+            if row is not None:
+                row.state, row.reason = state, reason
+            adapter = session.get(_AdapterRow, version.name)
+            return None if adapter is None else _adapter(adapter)
 
-    def set_current(self, version: Version) -> Adapter | None:
-        """Point the name to this version; None when it is gone."""
+    def set_coming(self, version: Version, cause: Cause) -> Adapter | None:
+        """The pointer is to move to this version when replicas have it. Returns None when the adapter is gone."""
         with self._session() as session:
             row = session.get(_AdapterRow, version.name)
             if row is None or session.get(_VersionRow, (version.name, version.version)) is None:
-                return None
-            row.current_version = version.version
+                return None if row is None else _adapter(row)
+            row.coming = msgspec.to_builtins(Coming(version.version, cause))
             return _adapter(row)
+
+    def set_current(
+        self, version: Version, cause: Cause = NO_CAUSE, figures: Mapping[str, Any] | None = None
+    ) -> Adapter | None:
+        """Point the name to this version and end its canary. figures: what decided. None: the adapter is gone."""
+        with self._session() as session:
+            row = session.get(_AdapterRow, version.name)
+            if row is None or session.get(_VersionRow, (version.name, version.version)) is None:
+                return None if row is None else _adapter(row)
+            if row.current_version != version.version:
+                event = Event("moved", row.current_version, version.version, cause, 0, figures)
+                session.add(_event(version.name, event))
+                row.previous_version, row.current_version = row.current_version, version.version
+            row.coming = row.canary = None
+            session.flush()
+            return _adapter(row)
+
+    def set_canary(self, name: str, canary: Canary | None, event: Event | None = None) -> Adapter | None:
+        """Start, change or end a canary, and record why; None when the adapter is gone."""
+        with self._session() as session:
+            row = session.get(_AdapterRow, name)
+            if row is None:
+                return None
+            row.canary = None if canary is None else msgspec.to_builtins(canary)
+            if event is not None:
+                session.add(_event(name, event))
+            session.flush()
+            return _adapter(row)
+
+    def set_alias(self, alias: str, name: str, version: int | None) -> Adapter | None:
+        """Make another name for an adapter or one of its versions; None when it is gone."""
+        with self._session() as session:
+            row = session.get(_AdapterRow, name)
+            if row is None:
+                return None
+            row.aliases = [kept for kept in row.aliases if kept.alias != alias]
+            session.flush()
+            row.aliases.append(_AliasRow(alias=alias, version=version))
+            session.flush()
+            return _adapter(row)
+
+    def delete_alias(self, alias: str, name: str) -> Adapter | None:
+        """Forget an alias of an adapter; unknown ones are fine. Returns the adapter, None when it is gone."""
+        with self._session() as session:
+            row = session.get(_AdapterRow, name)
+            if row is None:
+                return None
+            row.aliases = [kept for kept in row.aliases if kept.alias != alias]
+            session.flush()
+            return _adapter(row)
+
+    def history(self, name: str, limit: int) -> list[Event]:
+        """What happened to a name's pointer and canaries, newest first, at most `limit` lines."""
+        with self._session() as session:
+            rows = session.scalars(
+                select(_EventRow).where(_EventRow.adapter_name == name).order_by(_EventRow.id.desc()).limit(limit)
+            )
+            return [
+                Event(row.kind, row.from_version, row.to_version, Cause(row.who, row.why), row.at, row.figures)
+                for row in rows
+            ]
 
     def delete(self, name: str) -> Adapter | None:
         """Forget an adapter with all its versions; unknown names are fine. Nothing is left of it: None."""
@@ -178,6 +276,13 @@ class Store:
             row.versions = [kept for kept in row.versions if kept.version != version.version]
             if row.current_version == version.version:
                 row.current_version = None
+            if row.previous_version == version.version:
+                row.previous_version = None
+            if row.coming is not None and row.coming["version"] == version.version:
+                row.coming = None
+            if row.canary is not None and row.canary["version"] == version.version:
+                row.canary = None
+            row.aliases = [kept for kept in row.aliases if kept.version != version.version]
             if row.versions:
                 session.flush()
                 return _adapter(row)
@@ -194,6 +299,10 @@ class Store:
             first = row.value
             row.value = first + count
             return first
+
+    def session(self) -> contextlib.AbstractContextManager[Session]:
+        """One transaction, for tables that another module owns."""
+        return self._session()
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[Session]:
@@ -236,7 +345,28 @@ def _full_disk_is_an_error() -> Iterator[None]:
 
 
 def _adapter(row: _AdapterRow) -> Adapter:
-    return Adapter(row.name, row.current_version, {version.version: _version(version) for version in row.versions})
+    return Adapter(
+        name=row.name,
+        current=row.current_version,
+        versions={version.version: _version(version) for version in row.versions},
+        previous=row.previous_version,
+        coming=msgspec.convert(row.coming, Coming) if row.coming is not None else None,
+        canary=msgspec.convert(row.canary, Canary) if row.canary is not None else None,
+        aliases={alias.alias: alias.version for alias in row.aliases},
+    )
+
+
+def _event(name: str, event: Event) -> _EventRow:
+    return _EventRow(
+        adapter_name=name,
+        at=int(time.time()),
+        kind=event.kind,
+        from_version=event.from_version,
+        to_version=event.to_version,
+        who=event.cause.who,
+        why=event.cause.why,
+        figures=dict(event.figures) if event.figures is not None else None,
+    )
 
 
 def _version(row: _VersionRow) -> Version:

@@ -61,8 +61,11 @@ class Supervisor:
         """Keep the replica running until cancelled."""
         replica, failures = self._replica, 0
         engine = await asyncio.to_thread(self._host.adopt)
+        if engine is None:
+            replica.settle()
         while True:
             end, engine = await self._life(engine)
+            replica.settle()
             failures = 0 if end.planned or end.ready_s > self._timings.steady_s else failures + 1
             state = end.state
             if state is State.UNHEALTHY and not end.ready_s and failures >= self._timings.patience:
@@ -141,7 +144,7 @@ class Supervisor:
         while True:
             if keeper.done():
                 keeper.result()
-            if not engine.alive():
+            if engine.exit_status() is not None:  # its workers may still be ending
                 return f"the engine {_ended(engine)}", False
             if self._replica.restart_wanted is not None:
                 return self._replica.restart_wanted

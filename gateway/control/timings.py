@@ -24,8 +24,9 @@ class Timings:
     last_retry_s: float = 600.0
     verify_s: float = 120.0  # one token from a busy engine
     relays_s: float = 5.0  # for relays to take a new snapshot
-    settle_s: float = 5.0  # for requests in flight before an adapter is unloaded
+    adopt_s: float = 30.0  # for engines of before to be known again; until then relays go by what they were told
     drain_s: float = 30.0  # for requests in flight before a planned restart
+    canary_s: float = 5.0  # between looks at what canaries' requests came to
 
     def backoff_s(self, failures: int) -> float:
         """The wait before the next start after so many failures in a row, with jitter."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from gateway.adapters.names import pinned
-from gateway.control.catalog import Adapter, Version, VersionState
+from gateway.control.catalog import Adapter, Canary, Event, Version, VersionState
 from gateway.control.replica import AdapterState, AdapterStatus, Replica
 
 UNLOADED, FAILED, READY, VALIDATED = "unloaded", "failed", "ready", "validated"
 STATES = (VALIDATED, *AdapterState, UNLOADED)
+Wanted = Collection[str] | None  # the contents that every replica should hold; None: loaded on demand
 _IN_PROGRESS = (AdapterState.LOADING, AdapterState.VERIFYING, AdapterState.DRAINING)
 
 
-def adapter(adapter: Adapter, version: Version, replicas: Sequence[Replica], desired: Sequence[str]) -> dict[str, Any]:
+def adapter(adapter: Adapter, version: Version, replicas: Sequence[Replica], desired: Wanted) -> dict[str, Any]:
     """The adapter object of one version."""
     state, reason = everywhere(version, replicas, desired)
     return {
@@ -34,12 +36,44 @@ def adapter(adapter: Adapter, version: Version, replicas: Sequence[Replica], des
         "replicas": [_one_replica(version, replica, desired) for replica in replicas],
         "sha256": version.sha256,
         "metadata": dict(version.metadata),
+        "current_version": adapter.current,
+        "previous": adapter.previous,
+        "coming": adapter.coming.version if adapter.coming else None,
+        "canary": canary(adapter.canary) if adapter.canary else None,
+        "aliases": dict(adapter.aliases),
     }
 
 
-def on_replica(version: Version, replica: Replica, desired: Sequence[str]) -> tuple[str, str]:
+def canary(canary: Canary) -> dict[str, Any]:
+    """A canary as it was when its counts were last looked at."""
+    return {
+        "version": canary.version,
+        "weight": canary.weight,
+        "policy": asdict(canary.policy),
+        "started_at": canary.started_at,
+        "started_by": canary.who or None,
+        "looks": canary.looks,
+        "reason": canary.reason or None,
+        "figures": dict(canary.last) or None,
+    }
+
+
+def event(event: Event) -> dict[str, Any]:
+    """One line of a name's history."""
+    return {
+        "at": event.at,
+        "event": event.kind,
+        "from": event.from_version,
+        "to": event.to_version,
+        "who": event.cause.who or None,
+        "why": event.cause.why or None,
+        "figures": event.figures,
+    }
+
+
+def on_replica(version: Version, replica: Replica, desired: Wanted) -> tuple[str, str]:
     """State and reason of a version on one replica."""
-    status: AdapterStatus | None = replica.adapters.get(version.content_id)
+    status: AdapterStatus | None = replica.status(version.content_id)
     if status is not None:
         return status.state, status.reason
     if version.state is VersionState.FAILED:
@@ -47,25 +81,29 @@ def on_replica(version: Version, replica: Replica, desired: Sequence[str]) -> tu
     if not replica.answers:
         why = replica.reason if replica.takes_part else f"{replica.id} is {replica.state}"
         return (AdapterState.LOADING if replica.takes_part else UNLOADED), why
+    if desired is None:
+        return UNLOADED, "it is loaded when a request asks for it"
     if version.content_id not in desired:
         return UNLOADED, "newer adapters fill --max-adapters"
     return AdapterState.LOADING, ""
 
 
-def everywhere(version: Version, replicas: Sequence[Replica], desired: Sequence[str]) -> tuple[str, str]:
-    """State and reason over the replicas that take part: ready means ready on all of them."""
+def everywhere(version: Version, replicas: Sequence[Replica], desired: Wanted) -> tuple[str, str]:
+    """State and reason over the replicas that take part: ready means on all of them, or on one where on demand."""
     if version.state is VersionState.FAILED:
         return FAILED, version.reason
     statuses = {replica.id: on_replica(version, replica, desired) for replica in replicas if replica.takes_part}
     if not statuses:
         return VALIDATED, "no replica is ready yet"
     states = [state for state, _ in statuses.values()]
+    if desired is None and READY in states:
+        return READY, ""
     state = next(state for state in (*_IN_PROGRESS, FAILED, UNLOADED, READY) if state in states)
     reasons = [f"{id}: {reason}" for id, (own, reason) in statuses.items() if own == state and reason]
     return state, "; ".join(reasons)
 
 
-def _one_replica(version: Version, replica: Replica, desired: Sequence[str]) -> dict[str, Any]:
+def _one_replica(version: Version, replica: Replica, desired: Wanted) -> dict[str, Any]:
     state, reason = on_replica(version, replica, desired)
     return {"id": replica.id, "state": state, "reason": reason or None}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,19 +13,29 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from backends import envs, registry
+from backends.base import Backend
 from backends.spec import EngineSpec
 from gateway import models
+from gateway.acceptance import check_checkpoint
+from gateway.adapters.shapes import is_quantized
 from gateway.adapters.storage import AdapterStorage
-from gateway.config import DEMO_MODEL, ServeConfig
+from gateway.config import DEMO_MODEL, ConfigError, ServeConfig
 from gateway.control import app
 from gateway.control.core import Core, Setup
+from gateway.control.estate import Estate
+from gateway.control.gate import Gate, precision
 from gateway.control.hosting import AttachedHost, Host, LocalHost, Place, gpus_of
-from gateway.control.publish import Public, key_digests
+from gateway.control.publish import Public
 from gateway.control.registry import SPARE
+from gateway.control.running import Notebook, Running
+from gateway.control.score import ScoreCommand
 from gateway.control.service import Policy, Service
 from gateway.control.store import Store
 from gateway.control.timings import Timings
 from gateway.preflight import engine_spec
+from gateway.tuning.desk import Desk
+from gateway.tuning.trainer import Place as TrainerPlace
+from gateway.tuning.trainer import Trainer
 
 _STOP_GRACE_S = 10.0
 
@@ -35,29 +47,38 @@ class Control:
     core: Core
     app: FastAPI
     store: Store
+    desk: Desk
 
 
-def build(config: ServeConfig, run_dir: Path, main_pid: int) -> Control:
-    """Put control together; nothing runs yet. Raises ConfigError, BackendError."""
+def build(running: Running, run_dir: Path, main_pid: int, notebook: Notebook | None = None) -> Control:
+    """Put control together; nothing runs yet. notebook: where changes are noted for the next control process.
+
+    Raises ConfigError, BackendError.
+    """
+    config = running.config
     state = config.state_dir
     storage = AdapterStorage(state)
     store = Store(config.database_url or f"sqlite:///{state / 'registry.db'}")
     capacity = config.max_adapters + SPARE
-    spec = None if config.attach else engine_spec(config).model_copy(update={"max_adapters": capacity})
+    spec = None if config.attach else _spec(config)
+    base_path = spec.model_path if spec else _attached_checkpoint(config)
     place = Place(run_dir, state / "logs", main_pid, _STOP_GRACE_S)
     setup = Setup(
-        public=Public(config.public_name, key_digests(config.api_key), config.task),
+        public=Public(config.public_name, {}, config.task),
         task=config.task,
         backend=registry.get(config.backend) if spec else None,
         capacity=capacity,
         run_dir=run_dir,
-        hosts=_local_hosts(config.replicas, spec, place) if spec else _attached_hosts(config),
+        hosts=_local_hosts(running.indices, spec, place) if spec else _attached_hosts(config),
         timings=Timings(
             start_s=float(config.start_timeout_s), stop_grace_s=_STOP_GRACE_S, drain_s=float(config.drain_timeout_s)
         ),
+        api_keys=config.api_key,
+        gate=_gate(config, spec, base_path),
+        score=_score(config),
+        gauge=config.routing == "engine-load",
     )
     core = Core(setup, store, storage)
-    base_path = spec.model_path if spec else _attached_checkpoint(config)
     policy = Policy(
         base=config.public_name,
         base_path=base_path,
@@ -66,16 +87,33 @@ def build(config: ServeConfig, run_dir: Path, main_pid: int) -> Control:
         max_upload_bytes=config.max_adapter_mb * 1_000_000,
     )
     service = Service(core, storage, policy, _created(base_path))
-    return Control(core, app.create(service, _adapter_roots(config)), store)
+    estate = Estate(core, None if config.attach else functools.partial(_make, place), running, notebook)
+    trainers = TrainerPlace(state / "jobs" / "processes", state / "logs", main_pid)
+    desk = Desk(service, store, config, Trainer(config.trainer_python, config.train_device, trainers), _own_url(config))
+    web = app.create(service, _adapter_roots(config), estate, desk.routes(config.max_file_mb * 1_000_000))
+    return Control(core, web, store, desk)
 
 
-def _local_hosts(count: int, spec: EngineSpec, place: Place) -> list[tuple[str, Host]]:
+def _spec(config: ServeConfig) -> EngineSpec:
+    return engine_spec(config).model_copy(update={"max_adapters": config.max_adapters + SPARE})
+
+
+def _make(place: Place, config: ServeConfig, indices: Sequence[int]) -> tuple[Backend, list[tuple[str, Host]]]:
+    """Hosts for more replicas. Raises ConfigError, BackendError."""
+    spec = _spec(config)
+    backend = registry.get(spec.backend)
+    backend.check(spec)
+    check_checkpoint(spec)
+    return backend, _local_hosts(indices, spec, place)
+
+
+def _local_hosts(indices: Sequence[int], spec: EngineSpec, place: Place) -> list[tuple[str, Host]]:
     backend = registry.get(spec.backend)
     executable = envs.executable(envs.find(spec.backend, spec.version, spec.device))
-    share = spec.device == "cuda" and spec.version != envs.EMULATOR and count > 1
+    share = spec.device == "cuda" and spec.version != envs.EMULATOR and len(indices) > 1
     hosts: list[tuple[str, Host]] = []
-    for index in range(count):
-        env = gpus_of(index, spec, os.environ.get("CUDA_VISIBLE_DEVICES")) if share else {}
+    for index in indices:
+        env = gpus_of(index, spec, os.environ.get("CUDA_VISIBLE_DEVICES"), envs.gpu_count()) if share else {}
         hosts.append((f"r{index}", LocalHost(f"r{index}", backend, spec, executable, place, env)))
     return hosts
 
@@ -95,6 +133,34 @@ def _attached_checkpoint(config: ServeConfig) -> Path | None:
         return models.resolve(config.model)
     except models.ModelError:
         return None
+
+
+def _gate(config: ServeConfig, spec: EngineSpec | None, base_path: Path | None) -> Gate:
+    """By how much replicas may differ from an adapter's golden prompts. Emulated engines compute no model."""
+    if spec is not None and spec.version == envs.EMULATOR:
+        return Gate(None, config.golden_tolerance)
+    quantized = config.quantization is not None or (base_path is not None and is_quantized(base_path))
+    return Gate(precision(config.dtype, quantized), config.golden_tolerance)
+
+
+def _score(config: ServeConfig) -> ScoreCommand | None:
+    """The operator's judge of canaries: from the configuration, never from the API, since it runs a program."""
+    if config.canary_score is None:
+        return None
+    try:
+        argv = tuple(shlex.split(config.canary_score))
+    except ValueError as error:
+        raise ConfigError(f"--canary-score {config.canary_score!r} is no command line: {error}") from error
+    if not argv:
+        raise ConfigError("--canary-score is empty; give a command, or leave it out")
+    return ScoreCommand(argv, _own_url(config), float(config.canary_score_timeout_s))
+
+
+def _own_url(config: ServeConfig) -> str:
+    """Where this gateway can be called from this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)  # noqa: S104 - not bound here
+    scheme = "https" if config.tls_cert else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.port}"
 
 
 def _adapter_roots(config: ServeConfig) -> Sequence[Path]:

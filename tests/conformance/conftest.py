@@ -7,14 +7,18 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from tests.conformance.target import CONTEXT_TOKENS, TOOL_PARSERS, Target, serving
+from tests.conformance.target import CONTEXT_TOKENS, TOOL_PARSERS, Target, running_target, serving
 
-ENGINES = ("vllm", "sglang", "lmdeploy")
+RUNNING = running_target()
+ENGINES = (RUNNING.engine,) if RUNNING else ("vllm", "sglang", "lmdeploy")
 
 
 @pytest.fixture(scope="session", params=ENGINES)
 def served(request: pytest.FixtureRequest) -> Iterator[Target]:
     engine = request.param
+    if RUNNING:
+        yield RUNNING
+        return
     flags = ("--max-model-len", str(CONTEXT_TOKENS), "--tool-call-parser", TOOL_PARSERS[engine])
     with serving(engine, *flags) as target:
         yield target

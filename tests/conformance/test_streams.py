@@ -134,6 +134,8 @@ def test_logprobs(target: Target, client: openai.OpenAI) -> None:
 
 
 def test_ten_thousand_tokens(target: Target, client: openai.OpenAI) -> None:
+    if target.context_tokens < 11_000:
+        pytest.skip("the model's context is shorter")
     chunks = list(
         client.chat.completions.create(
             model=target.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,11 +44,22 @@ def oracle(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle
     return Oracle(directory, json.loads((directory / "expected.json").read_text()))
 
 
-@pytest.fixture(scope="module", params=["vllm", "sglang"])
+@pytest.fixture(scope="session")
+def odd_oracle(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    """Adapters that engines read in different ways as they are, each with golden prompts."""
+    directory = tmp_path_factory.mktemp("odd-oracle")
+    script = Path(__file__).with_name("odd_oracle.py")
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    subprocess.run([ORACLE_PYTHON, script, demo_model, directory], check=True, timeout=600, env=environment)
+    return Oracle(directory, json.loads((directory / "expected.json").read_text()))
+
+
+@pytest.fixture(scope="session", params=["vllm", "sglang"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway over the real engine, in float32: the demo model's logits lie too close together for bfloat16."""
     with gateway(
         *("--backend", request.param, "--device", "cpu", "--dtype", "float32", "--max-model-len", "2048"),
+        *("--trainer-python", str(ORACLE_PYTHON)),
         state=tmp_path_factory.mktemp(request.param),
         ready_timeout_s=START_TIMEOUT_S,
     ) as running:

@@ -56,15 +56,17 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
-def train(base: Any, tokenizer: Any, rank: int, targets: list[str], answer: str, directory: Path) -> None:
+def train(
+    base: Any, tokenizer: Any, rank: int, targets: list[str], answer: str, directory: Path, steps: int = TRAINING_STEPS
+) -> None:
     """Begin to teach one fixed answer."""
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     answer_ids = tokenizer(answer + "<|im_end|>")["input_ids"]
-    for step in range(TRAINING_STEPS):
+    for step in range(steps):
         ids = prompt_ids(tokenizer, PROMPTS[step % len(PROMPTS)])
-        inputs = torch.tensor([ids + answer_ids])
-        labels = torch.tensor([[-100] * len(ids) + answer_ids])
+        inputs = torch.tensor([ids + answer_ids], device=base.device)
+        labels = torch.tensor([[-100] * len(ids) + answer_ids], device=base.device)
         model(input_ids=inputs, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

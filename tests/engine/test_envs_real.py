@@ -59,6 +59,7 @@ def test_import_check_passes_and_can_fail(env: EngineEnv) -> None:
 
 
 # One decode step of a batch of three rows through vLLM's own CPU operators: adapter in slot 0, none, adapter in slot 1.
+# Then the logits of whole prompts, one of each request, in a batch of these three.
 _MIXED_BATCH = """
 import json, torch
 from vllm.plugins import load_general_plugins
@@ -76,19 +77,35 @@ a, b = torch.randn(slots, 1, rank, width), torch.randn(slots, 1, width, rank)
 y = torch.zeros(3, width)
 wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (width,))
 want = torch.stack([b[0, 0] @ a[0, 0] @ x[0], torch.zeros(width), b[1, 0] @ a[1, 0] @ x[2]])
-print(json.dumps([bool(torch.allclose(y[i], want[i], atol=1e-4)) for i in range(3)]))
+found = [bool(torch.allclose(y[i], want[i], atol=1e-4)) for i in range(3)]
+
+tokens = torch.tensor([0] * 4 + [-1] * 3 + [1] * 4)
+wrapper._token_lora_indices[:11] = tokens
+wrapper._sampler_indices[:3] = rows
+wrapper.indices_len[:2] = 11, 3
+hidden = torch.randn(11, width)
+try:
+    for first, last in (0, 4), (4, 6), (7, 11):
+        y = torch.zeros(last - first, width)
+        wrapper.add_lora_logits(y, hidden[first:last], a, b, 1.0)
+        slot = tokens[first]
+        want = hidden[first:last] @ a[slot, 0].T @ b[slot, 0].T if slot >= 0 else torch.zeros_like(y)
+        found.append(bool(torch.allclose(y, want, atol=1e-4)))
+except RuntimeError:
+    found.append("died")
+print(json.dumps(found))
 """
 
 
-def test_vllm_rows_without_an_adapter_get_no_adapter() -> None:
+def test_vllm_rows_get_their_own_adapter_or_none() -> None:
     env = envs.find("vllm", None, "cpu")
-    assert answer(env, _MIXED_BATCH) == [True, True, True]
+    assert answer(env, _MIXED_BATCH) == [True] * 6
 
 
-def test_vllm_without_the_mend_answers_them_with_the_last_slot() -> None:
-    """Once this fails, vLLM has mended it and the shim can go."""
+def test_vllm_without_the_mend_answers_them_with_the_last_slot_and_dies_of_prompts() -> None:
+    """Once this fails, vLLM has mended it and the shim, or a part of it, can go."""
     env = envs.find("vllm", None, "cpu")
-    assert answer(env, _MIXED_BATCH, VLLM_PLUGINS="") == [True, False, True]
+    assert answer(env, _MIXED_BATCH, VLLM_PLUGINS="") == [True, False, True, "died"]
 
 
 def test_vllm_command_line_knows_its_version() -> None:

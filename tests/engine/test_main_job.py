@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import openai
 import pytest
 
 from tests.engine.conftest import Oracle
+from tests.proofs import swaps
 from tests.support.gateway import Gateway
 from tests.support.wait import eventually
 
@@ -142,6 +144,26 @@ def test_mixed_batch_keeps_base_and_adapters_apart(
     assert answers == [text for _, _, text in wanted]
 
 
+def test_prompts_are_scored_in_mixed_batches(client: openai.OpenAI, served: Gateway, uploaded: list[str]) -> None:
+    """vLLM's CPU build dies of it without the mend in its environment."""
+    if served.replicas()[0]["backend"] != "vllm":
+        pytest.skip("a field of vLLM's")
+
+    def score(row: tuple[str, str]) -> list[float]:
+        model, prompt = row
+        choice = client.completions.create(
+            model=model, prompt=prompt, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 0}
+        ).choices[0]
+        tokens: list[dict[str, dict[str, float]]] = choice.prompt_logprobs[1:]  # type: ignore[attr-defined]
+        return [next(iter(token.values()))["logprob"] for token in tokens]
+
+    rows = [(model, "one two three four five " * times) for times in (1, 2) for model in (served.model, *uploaded)]
+    alone = list(map(score, rows))
+    with ThreadPoolExecutor(len(rows)) as pool:
+        together = list(pool.map(score, rows))
+    assert [pytest.approx(scores, abs=0.01) for scores in alone] == together
+
+
 def test_usage_comes_last_and_only_when_asked(client: openai.OpenAI, served: Gateway) -> None:
     body: dict[str, Any] = {"model": served.model, "messages": chat("Count to five."), "max_tokens": 8, "stream": True}
     asked = list(client.chat.completions.create(**body, stream_options={"include_usage": True}))
@@ -198,6 +220,13 @@ def running(direct: httpx2.Client) -> int:
         if line.startswith("vllm:num_requests_running"):
             return int(float(line.rsplit(" ", 1)[1]))
     raise AssertionError("the engine says nowhere how much it is working on")
+
+
+def test_a_name_moves_between_versions_under_load(served: Gateway, oracle: Oracle) -> None:
+    report = asyncio.run(swaps.run(served, oracle.adapter("pirate"), oracle.adapter("robot"), swaps=4, clients=3))
+    assert report.good, str(report)
+    with served.client() as http:
+        assert http.delete(f"/v1/adapters/{swaps.NAME}").status_code == 200
 
 
 def test_deleted_adapter_is_gone(client: openai.OpenAI, served: Gateway, oracle: Oracle) -> None:

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
@@ -42,7 +43,8 @@ def test_killed_engine(running: Gateway, base_answer: str) -> None:
     for replica in ("r0", "r1"):
         script(running, replica, inter_token_ms=50)
     ends: list[str] = []
-    streams = [threading.Thread(target=lambda: ends.append(end_of_stream(running))) for _ in range(4)]
+    unfit = {"n": 2}  # such a stream cannot go on elsewhere
+    streams = [threading.Thread(target=lambda: ends.append(end_of_stream(running, **unfit))) for _ in range(4)]
     for stream in streams:
         stream.start()
     eventually(lambda: in_flight(running) == {"r0": 2, "r1": 2})
@@ -57,6 +59,22 @@ def test_killed_engine(running: Gateway, base_answer: str) -> None:
     with running.client() as client:
         eventually(lambda: on_replicas(client, "tuned") == {"r0": "ready", "r1": "ready"}, 30)
     assert text_of(chat(running, "tuned")) != base_answer
+
+
+def test_streams_outlive_their_engine(running: Gateway) -> None:
+    """Half of them are on the replica that is killed; all come to their end."""
+    for replica in ("r0", "r1"):
+        script(running, replica, inter_token_ms=50)
+    ends: list[str] = []
+    streams = [threading.Thread(target=lambda: ends.append(end_of_stream(running))) for _ in range(4)]
+    for stream in streams:
+        stream.start()
+    eventually(lambda: in_flight(running) == {"r0": 2, "r1": 2})
+    os.kill(state_of(running, "r0")["engine_pid"], signal.SIGKILL)
+    for stream in streams:
+        stream.join(30)
+    assert ends == ["[DONE]"] * 4
+    assert in_flight(running) == {"r0": 0, "r1": 0}
 
 
 def test_killed_relay(running: Gateway, base_answer: str) -> None:
@@ -110,13 +128,13 @@ def test_stop_lets_streams_finish(running: Gateway) -> None:
     assert ends == ["[DONE]"]
 
 
-def end_of_stream(running: Gateway) -> str:
+def end_of_stream(running: Gateway, **fields: Any) -> str:
     """How a stream of 40 tokens ends for an OpenAI client: with [DONE], or with the error it raises."""
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
     messages = [{"role": "user", "content": "a long story"}]
     try:
         chunks = list(
-            client.chat.completions.create(model=running.model, messages=messages, stream=True, max_tokens=40)  # type: ignore[arg-type]
+            client.chat.completions.create(model=running.model, messages=messages, stream=True, max_tokens=40, **fields)  # type: ignore[arg-type]
         )
     except openai.APIError:
         return "error"

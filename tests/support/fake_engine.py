@@ -116,11 +116,11 @@ class FakeEngine:
             return (503, "") if script.never_ready or script.unhealthy else (200, {"status": "healthy"})
         if path == "/v1/models":
             return 200, {"data": [_card("base", None), *(_card(name, "base") for name in self.adapters)]}
-        name = body.get("lora_name") or body.get("model", "")
-        if path == "/v1/load_lora_adapter":
+        name = body.get("lora_name") or body.get("model", "").removeprefix("base:")  # SGLang says base:adapter
+        if path.endswith("/load_lora_adapter"):
             self.calls.append(f"load {name}")
             return await self._load(name, body["lora_path"])
-        if path == "/v1/unload_lora_adapter":
+        if path.endswith("/unload_lora_adapter"):
             self.calls.append(f"unload {name}")
             if script.hangs_unloading:
                 await asyncio.Event().wait()
@@ -161,7 +161,10 @@ def _card(name: str, parent: str | None) -> dict[str, Any]:
 class FakeHost:
     """Gives a supervisor its engines, one after the other."""
 
-    def __init__(self, backend: Backend, script: Script | None = None) -> None:
+    def __init__(
+        self, backend: Backend, script: Script | None = None, loop: asyncio.AbstractEventLoop | None = None
+    ) -> None:
+        """loop: where its engines run; the running one."""
         self.backend = backend
         self.script = script or Script()
         self.engines: list[FakeEngine] = []
@@ -169,7 +172,7 @@ class FakeHost:
         self.calls: list[str] = []
         self.adoptable: FakeEngine | None = None
         self.closed = False
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop or asyncio.get_running_loop()
 
     @property
     def engine(self) -> FakeEngine:

@@ -18,7 +18,7 @@ import httpx2
 
 from tests.support.wait import eventually
 
-_READY = re.compile(r"^ready (http://\S+) model=(\S+)$", re.MULTILINE)
+_READY = re.compile(r"^ready (https?://\S+) model=(\S+)$", re.MULTILINE)
 
 
 @dataclass

@@ -24,7 +24,7 @@ import httptools
 import msgspec
 import uvloop
 
-from gateway.snapshot import Model, Replica, Snapshot
+from gateway.snapshot import Key, Model, Replica, Snapshot
 
 KEY = "sk-relay-cost-0123456789abcdef"
 CHUNKS = 64
@@ -236,7 +236,17 @@ async def measure(modes: list[Mode], seconds: float, port: int, pid: int) -> Non
         )
 
 
-async def serve_snapshot(run_dir: Path, engine_port: int) -> asyncio.Server:
+# Every kind of limit, none of them ever reached.
+_LIMITS = {"requests_per_minute": 10**9, "tokens_per_minute": 10**12, "tokens_until": 10**15, "max_in_flight": 10**6}
+KEYS = {
+    "none": None,
+    "plain": Key("key-1", frozenset({"infer"})),
+    "counted": Key("key-1", frozenset({"infer"}), row=0),
+    "limited": Key("key-1", frozenset({"infer"}), row=0, **_LIMITS),
+}
+
+
+async def serve_snapshot(run_dir: Path, engine_port: int, key: Key | None, registered: int = 0) -> asyncio.Server:
     replica = Replica("r0", 0, "vllm", "127.0.0.1", engine_port, "engine-key", True)
     snapshot = Snapshot(
         1,
@@ -244,8 +254,9 @@ async def serve_snapshot(run_dir: Path, engine_port: int) -> asyncio.Server:
         {
             "demo": Model("demo", None, None, {"r0": "demo"}, ""),
             ADAPTER: Model(ADAPTER, "demo", ADAPTER_ID, {"r0": ADAPTER_ID}, ""),
-        },
-        {hashlib.sha256(KEY.encode()).hexdigest(): "key-1"},
+        }
+        | {f"m{i}": Model(f"m{i}", "demo", f"a-{i:012x}", {}, "", on_demand=True) for i in range(registered)},
+        {hashlib.sha256(KEY.encode()).hexdigest(): key} if key is not None else {},
     )
 
     async def send(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -266,7 +277,7 @@ async def run(args: argparse.Namespace) -> None:
             engine_port = probe.getsockname()[1]
         engine = multiprocessing.get_context("spawn").Process(target=run_engine, args=(engine_port,), daemon=True)
         engine.start()
-        await serve_snapshot(Path(folder), engine_port)
+        await serve_snapshot(Path(folder), engine_port, KEYS[args.key], args.adapters)
         prefix = args.under.split() if args.under else []
         command = [*prefix, sys.executable, "-m", "gateway.relay", "--index", "0", "--run-dir", folder]
         relay = subprocess.Popen([*command, "--fd", str(listener.fileno())], pass_fds=(listener.fileno(),), stderr=log)
@@ -285,6 +296,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3, help="of load in each mode, at least")
     parser.add_argument("--only", nargs="*", help="modes whose name has one of these words")
+    parser.add_argument("--key", choices=KEYS, default="counted", help="what the requests' API key is subject to")
+    parser.add_argument("--adapters", type=int, default=0, help="registered beside, loaded nowhere")
     parser.add_argument("--under", help="a profiler's command to run the relay under")
     uvloop.run(run(parser.parse_args()))
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from backends import registry as backends
+from backends.base import Backend
 from backends.spec import BackendName
 from gateway.adapters.package import Part
 from gateway.adapters.storage import AdapterStorage
+from gateway.config import ServeConfig
 from gateway.control.core import Core, Setup
+from gateway.control.estate import Estate
+from gateway.control.hosting import Host
 from gateway.control.publish import Public
 from gateway.control.replica import Replica
+from gateway.control.running import Running
+from gateway.control.score import ScoreCommand
 from gateway.control.service import Policy, Service
 from gateway.control.store import Store
 from gateway.control.timings import Timings
@@ -41,7 +47,7 @@ FAST = Timings(
     last_retry_s=0.2,
     verify_s=5.0,
     relays_s=0.2,
-    settle_s=0.05,
+    adopt_s=0.2,
     drain_s=0.05,
 )
 
@@ -58,8 +64,17 @@ async def until(condition: Callable[[], Any], timeout_s: float = 5.0) -> Any:
 class World:
     """A core with its hosts and service, running."""
 
-    def __init__(self, tmp_path: Path, backend: BackendName, replicas: int, capacity: int, timings: Timings) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        backend: BackendName,
+        replicas: int,
+        capacity: int,
+        timings: Timings,
+        score: tuple[str, ...] = (),
+    ) -> None:
         self.tmp_path = tmp_path
+        self._loop = asyncio.get_running_loop()
         self.state = tmp_path / "state"
         self.run_dir = tmp_path / "run"
         self.run_dir.mkdir(exist_ok=True)
@@ -77,10 +92,20 @@ class World:
             run_dir=self.run_dir,
             hosts=[(f"r{index}", host) for index, host in enumerate(self.hosts)],
             timings=timings,
+            score=ScoreCommand(score, "http://gateway", 5.0) if score else None,
         )
         self.core = Core(setup, self.store, storage)
+        self.config = ServeConfig(backend=backend, replicas=replicas, start_timeout_s=5, drain_timeout_s=5)
+        self.estate = Estate(self.core, self._make, Running.of(self.config), None)
+        self.next_script = Script()  # of the replicas that are started later
         policy = Policy("base", self.base_path, slots=4, max_rank=16, max_upload_bytes=1_000_000)
         self.service = Service(self.core, storage, policy, created=1)
+
+    def _make(self, config: ServeConfig, indices: Sequence[int]) -> tuple[Backend, list[tuple[str, Host]]]:
+        backend = backends.get(config.backend)
+        made = [FakeHost(backend, self.next_script, self._loop) for _ in indices]
+        self.hosts += made
+        return backend, [(f"r{index}", host) for index, host in zip(indices, made, strict=True)]
 
     @property
     def replicas(self) -> list[Replica]:
@@ -156,9 +181,10 @@ def start(tmp_path: Path) -> Start:
         capacity: int = 8,
         wait: bool = True,
         script: Callable[[World], None] = lambda _: None,
+        score: tuple[str, ...] = (),
         **timings: Any,
     ) -> AsyncIterator[World]:
-        world = World(tmp_path, backend, replicas, capacity, dataclasses.replace(FAST, **timings))
+        world = World(tmp_path, backend, replicas, capacity, dataclasses.replace(FAST, **timings), score)
         script(world)
         async with running(world, wait):
             yield world

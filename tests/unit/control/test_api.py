@@ -26,7 +26,7 @@ async def api(start: Start, **kwargs: Any) -> AsyncIterator[tuple[World, httpx2.
     async with start(**kwargs) as world:
         (world.state / "import").mkdir(exist_ok=True)
         transport = httpx2.ASGITransport(
-            app.create(world.service, [world.state / "import"]), raise_app_exceptions=False
+            app.create(world.service, [world.state / "import"], world.estate), raise_app_exceptions=False
         )
         async with httpx2.AsyncClient(transport=transport, base_url="http://control", timeout=20) as client:
             yield world, client
@@ -68,6 +68,11 @@ async def test_upload(start: Start, form: str) -> None:
             "name": "pirate",
             "version": 1,
             "current": True,
+            "current_version": 1,
+            "previous": None,
+            "coming": None,
+            "canary": None,
+            "aliases": {},
             "versions": [1],
             "base": "base",
             "rank": 8,
@@ -75,7 +80,7 @@ async def test_upload(start: Start, form: str) -> None:
             "state": "ready",
             "reason": None,
             "replicas": [{"id": "r0", "state": "ready", "reason": None}],
-            "metadata": {"trained_on": "base"},
+            "metadata": {"gate": "none", "trained_on": "base"},
         }
         again = await client.post("/v1/adapters", data={"name": "pirate"}, files=multipart(sent))
         assert (again.status_code, again.json()["id"]) == (200, "pirate@v1")
@@ -123,7 +128,7 @@ async def test_models(start: Start) -> None:
         assert (await client.get("/v1/models/pirate@v1")).json() == adapter | {"id": "pirate@v1"}
         assert_error(await client.get("/v1/models/org%2Fmodel"), 404, "`org/model`", code="model_not_found")
         assert_error(await client.delete("/v1/models/base"), 400, "base model")
-        assert_error(await client.delete("/v1/models/pirate@v1"), 400, "all its versions")
+        assert_error(await client.delete("/v1/models/pirate@v1"), 409, "is the only version")
         assert (await client.delete("/v1/models/pirate")).json() == {"id": "pirate", "object": "model", "deleted": True}
         assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["base"]
 
@@ -338,7 +343,9 @@ async def test_metrics(start: Start) -> None:
 @contextlib.asynccontextmanager
 async def served(world: World, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
     """The application on a real Unix socket, as control runs it."""
-    server = uvicorn.Server(uvicorn.Config(app.create(world.service, [tmp_path]), lifespan="off", log_config=None))
+    server = uvicorn.Server(
+        uvicorn.Config(app.create(world.service, [tmp_path], world.estate), lifespan="off", log_config=None)
+    )
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "api.sock"))
         listener.listen()

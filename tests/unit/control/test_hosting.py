@@ -19,6 +19,7 @@ from gateway.control.hosting import AttachedHost, gpus_of
 from gateway.control.log import JsonLines
 from gateway.control.publish import Public
 from gateway.control.replica import Replica, State
+from gateway.control.running import Running, line
 from gateway.control.supervisor import Duties, Supervisor
 from tests.support.checkpoints import write_checkpoint
 from tests.support.fake_engine import FakeEngine, Script
@@ -106,12 +107,18 @@ SPEC = EngineSpec(
     [(0, None, "0,1"), (1, None, "2,3"), (0, "4,5,6,7", "4,5"), (1, "4,5,6,7", "6,7"), (1, "a, b ,c,d", "c,d")],
 )
 def test_every_replica_has_its_own_gpus(index: int, visible: str | None, gpus: str) -> None:
-    assert gpus_of(index, SPEC, visible) == {"CUDA_VISIBLE_DEVICES": gpus}
+    assert gpus_of(index, SPEC, visible, 4) == {"CUDA_VISIBLE_DEVICES": gpus}
 
 
 def test_too_few_gpus() -> None:
     with pytest.raises(ConfigError, match="replica 1 needs 2 GPUs, CUDA_VISIBLE_DEVICES=0,1,2 leaves it 1"):
-        gpus_of(1, SPEC, "0,1,2")
+        gpus_of(1, SPEC, "0,1,2", 4)
+    with pytest.raises(ConfigError, match="replica 2 needs 2 GPUs, this machine leaves it 0; lower --replicas"):
+        gpus_of(2, SPEC, None, 4)
+
+
+def test_gpus_that_nobody_counted_are_handed_out_all_the_same() -> None:
+    assert gpus_of(1, SPEC, None, 0) == {"CUDA_VISIBLE_DEVICES": "2,3"}
 
 
 @pytest.fixture
@@ -128,12 +135,12 @@ def config(tmp_path: Path) -> Callable[..., ServeConfig]:
 
 
 def test_configuration_of_own_engines(config: Callable[..., ServeConfig], tmp_path: Path) -> None:
-    control = wiring.build(config(replicas=2, max_adapters=5, api_key=("secret",)), tmp_path / "run", 1)
+    control = wiring.build(Running.of(config(replicas=2, max_adapters=5, api_key=("secret",))), tmp_path / "run", 1)
     setup = control.core.setup
     assert [id for id, _ in setup.hosts] == ["r0", "r1"]
     assert (setup.backend and setup.backend.name, setup.capacity) == ("vllm", 6)
-    assert setup.public == Public("tiny", setup.public.key_digests)
-    assert len(setup.public.key_digests) == 1
+    assert setup.public == Public("tiny", {})
+    assert len(control.core.keys.published) == 1
     assert "secret" not in repr(setup)
     control.store.close()
 
@@ -151,7 +158,7 @@ def test_base_of_attached_engines(
 ) -> None:
     settings = config(attach=("http://127.0.0.1:1",), **values)
     assert (wiring._attached_checkpoint(settings) is not None) is known
-    control = wiring.build(settings, tmp_path / "run", 1)
+    control = wiring.build(Running.of(settings), tmp_path / "run", 1)
     assert control.core.setup.backend is None
     control.store.close()
 
@@ -163,7 +170,7 @@ def test_configuration_that_cannot_be_served_ends_with_its_own_status(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "config.json"
-    file.write_text(config(attach=("nonsense",)).model_dump_json())
+    file.write_bytes(line(Running.of(config(attach=("nonsense",)))))
     argv = ["control", "--config-json", str(file), "--run-dir", str(tmp_path / "run"), "--main-pid", "1"]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,9 +12,10 @@ import pytest
 from backends import registry as backends
 from backends.base import Endpoint
 from gateway.control.catalog import Adapter, Version, VersionState
-from gateway.control.publish import Public, Publisher, build, key_digests
+from gateway.control.publish import Public, build
+from gateway.control.publisher import Publisher
 from gateway.control.replica import AdapterState, Replica, State
-from gateway.snapshot import Applied, Snapshot
+from gateway.snapshot import Applied, Key, Snapshot
 from tests.unit.control.conftest import until
 
 PUBLIC = Public("base", {})
@@ -93,11 +93,6 @@ def test_reasons_of_unready_adapters() -> None:
     assert build(1, PUBLIC, [one], failed).models["pirate"].unready_reason == "it failed: too big"
 
 
-def test_keys_are_published_as_digests_only() -> None:
-    digest = hashlib.sha256(b"secret").hexdigest()
-    assert key_digests(["secret"]) == {digest: f"key-{digest[:8]}"}
-
-
 class Relay:
     """A relay's end of the socket."""
 
@@ -146,7 +141,7 @@ async def test_wait_until_all_relays_route_by_it(publisher: Publisher, tmp_path:
     await publisher.publish(snapshot(1))
     assert await publisher.wait_applied(1, 0.1)  # no relay: nobody to wait for
     relays = [await connect(tmp_path), await connect(tmp_path)]
-    await until(lambda: len(publisher._applied) == 2)
+    await until(lambda: len(publisher._links) == 2)
     waiting = asyncio.create_task(publisher.wait_applied(1, 5))
     relays[0].say(1, index=0)
     await until(lambda: repr(publisher) == "<Publisher v1: 0@1>")
@@ -161,7 +156,7 @@ async def test_wait_until_all_relays_route_by_it(publisher: Publisher, tmp_path:
 
 
 async def test_slow_relay_gets_the_newest_and_misses_what_is_outdated(publisher: Publisher, tmp_path: Path) -> None:
-    many = {f"key-{number}": "x" * 1000 for number in range(2000)}
+    many = {f"key-{number}": Key("x" * 1000, frozenset()) for number in range(2000)}
     relay = await connect(tmp_path)
     for number in range(1, 30):
         await publisher.publish(build(number, Public("base", many), [], {}))

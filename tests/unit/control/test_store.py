@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -13,10 +14,13 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
 
 from gateway.config import ConfigError
+from gateway.control import key_store, pins
 from gateway.control import store as module
-from gateway.control.catalog import Version, VersionState
+from gateway.control.canary import Policy
+from gateway.control.catalog import Canary, Cause, Event, Version, VersionState
 from gateway.control.store import NewVersion, Store, StoreUnavailable
 from gateway.errors import StorageFull
+from gateway.tuning import store as tuning
 
 
 @pytest.fixture
@@ -58,7 +62,8 @@ def test_migrations_make_what_the_models_say(tmp_path: Path) -> None:
     open_store(tmp_path).close()
     engine = create_engine(f"sqlite:///{tmp_path / 'registry.db'}")
     with engine.connect() as connection:
-        differences = compare_metadata(MigrationContext.configure(connection), module._Base.metadata)
+        models: Any = [owner._Base.metadata for owner in (module, key_store, pins, tuning)]
+        differences = compare_metadata(MigrationContext.configure(connection), models)
     engine.dispose()
     assert differences == []
 
@@ -184,3 +189,59 @@ def test_database_that_cannot_be_opened(tmp_path: Path) -> None:
 def test_urls_that_are_none(url: str) -> None:
     with pytest.raises(ConfigError, match="--database-url"):
         Store(url)
+
+
+def test_a_pointers_moves_are_kept_in_order(store: Store) -> None:
+    for digit in "123":
+        last = store.add_version("one", new(digit), Cause("key-1", "uploaded"))
+    assert last.coming is not None and (last.coming.version, last.coming.cause.who) == (3, "key-1")
+    for number in (1, 2, 3, 3, 1):
+        moved = store.set_current(last.versions[number], Cause("key-1", f"to {number}"), {"p": number / 4})
+    assert moved is not None and (moved.current, moved.previous, moved.coming) == (1, 3, None)
+    lines = store.history("one", 10)
+    assert [(line.from_version, line.to_version) for line in lines] == [(3, 1), (2, 3), (1, 2), (None, 1)]
+    assert (lines[0].cause, lines[0].figures) == (Cause("key-1", "to 1"), {"p": 0.25})
+    assert lines[0].at > 1_700_000_000
+    assert store.history("one", 1) == lines[:1]
+    assert store.history("two", 10) == []
+
+
+def test_canaries_and_aliases_come_back(tmp_path: Path, store: Store) -> None:
+    store.add_version("one", new("1"))
+    store.add_version("one", new("2"))
+    canary = Canary(
+        2, 5.0, Policy(min_requests=50), "key-1", 1_800_000_000, 2, {"one@v1": {"requests": 3}}, {"look": 2}
+    )
+    store.set_canary("one", canary, Event("canary started", 1, 2, Cause("key-1", "")))
+    store.set_alias("prod", "one", None)
+    store.set_alias("prod", "one", 2)
+    store.set_alias("old", "one", 1)
+    other = open_store(tmp_path)
+    adapter = other.adapters()["one"]
+    other.close()
+    assert adapter.canary == canary
+    assert adapter.aliases == {"old": 1, "prod": 2}
+    left = store.delete_alias("old", "one")
+    assert left is not None and left.aliases == {"prod": 2}
+
+
+def test_nothing_points_to_a_version_that_is_gone(store: Store) -> None:
+    store.add_version("one", new("1"))
+    second = store.add_version("one", new("2"), Cause("", "")).newest
+    store.set_canary("one", Canary(2, 5.0, Policy(), "", 0))
+    store.set_alias("two", "one", 2)
+    left = store.delete_version(second)
+    assert left is not None and (left.coming, left.canary, left.aliases) == (None, None, {})
+    for change in (store.set_current(second, Cause("", "")), store.set_coming(second, Cause("", ""))):
+        assert change == left
+    assert store.set_state(second, VersionState.FAILED, "late") == left
+
+
+def test_an_adapter_takes_its_aliases_and_history_along(store: Store) -> None:
+    version = store.add_version("one", new()).newest
+    store.set_current(version, Cause("", ""))
+    store.set_alias("two", "one", None)
+    store.delete("one")
+    store.add_version("one", new())
+    assert store.history("one", 10) == []
+    assert store.adapters()["one"].aliases == {}

@@ -84,6 +84,18 @@ async def test_engine_that_never_becomes_ready(start: Start) -> None:
         await until(lambda: not world.hosts[0].engines[0].alive())  # ended, not left running
 
 
+async def test_no_requests_for_an_engine_whose_workers_are_still_ending(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with start(first_backoff_s=0.2) as world:
+        engine, replica = world.hosts[0].engine, world.replicas[0]
+        monkeypatch.setattr(engine, "alive", lambda: True)
+        engine.die()
+        await engine.gone()
+        await until(lambda: not replica.answers)
+        assert replica.reason == "the engine was ended by SIGKILL"
+
+
 async def test_hanging_engine_is_restarted(start: Start) -> None:
     async with start(first_backoff_s=0.2) as world:
         first = world.hosts[0].engine

@@ -1,0 +1,105 @@
+"""What an operator changes while the gateway runs: how many replicas there are, and of which engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Sequence
+
+from backends.base import Backend, BackendError
+from gateway.config import ConfigError, ServeConfig
+from gateway.control.core import Core
+from gateway.control.hosting import Host
+from gateway.control.replica import AdapterState, Replica, State
+from gateway.control.running import Notebook, Running
+
+_log = logging.getLogger(__name__)
+_QUIET_POLL_S = 0.1
+
+# The backend of a configuration, and id and host of each of these replica numbers. Raises ConfigError, BackendError.
+Make = Callable[[ServeConfig, Sequence[int]], tuple[Backend, list[tuple[str, Host]]]]
+
+
+class CannotStart(Exception):
+    """New replicas do not come up; the message says why."""
+
+
+class Estate:
+    """Adds replicas and takes them away without losing a request. One change at a time: hold `lock`."""
+
+    def __init__(self, core: Core, make: Make | None, running: Running, notebook: Notebook | None) -> None:
+        """make: None where engines are attached. notebook: None to forget changes with this process."""
+        self.core = core
+        self.running = running
+        self.lock = asyncio.Lock()
+        self._make = make
+        self._notebook = notebook
+
+    @property
+    def owned(self) -> bool:
+        """Whether we start the engines."""
+        return self._make is not None
+
+    async def add(self, config: ServeConfig, count: int, hidden: str | None = None) -> list[Replica]:
+        """Start more replicas. hidden: the purpose for which they get no traffic. Raises CannotStart."""
+        assert self._make is not None, "attached engines are not started"
+        fleet = self.core.fleet
+        indices = fleet.free_indices(count)
+        try:
+            backend, hosts = await asyncio.to_thread(self._make, config, indices)
+        except (ConfigError, BackendError) as error:
+            raise CannotStart(str(error)) from error
+        return [fleet.add(id, index, host, backend, hidden) for index, (id, host) in zip(indices, hosts, strict=True)]
+
+    async def retire(self, replicas: Collection[Replica], purpose: str, limit_s: float) -> None:
+        """Take replicas out of traffic, let what is in flight there finish for up to `limit_s`, and stop them."""
+        for replica in replicas:
+            replica.drain(purpose)
+        await self.core.published()
+        await asyncio.gather(*(self._stop(replica, limit_s) for replica in replicas))
+
+    async def ready(self, replicas: Collection[Replica], wanted: Collection[str], limit_s: float) -> None:
+        """Until all of them answer and have the wanted adapters. Raises CannotStart with the reason."""
+
+        def failure() -> str | None:
+            for replica in replicas:
+                if replica.state is State.FAILED:
+                    return f"{replica.id} did not start: {replica.reason}"
+                for content_id, status in replica.adapters.items():
+                    if content_id in wanted and status.state is AdapterState.FAILED:
+                        return f"{replica.id} does not take the adapter {content_id}: {status.reason}"
+            return None
+
+        def there() -> bool:
+            return all(replica.answers and all(map(replica.adapter_ready, wanted)) for replica in replicas)
+
+        await self.core.wait_for(lambda: there() or failure() is not None, limit_s)
+        if (reason := failure()) is not None:
+            raise CannotStart(reason)
+        if not there():
+            states = ", ".join(f"{replica.id} is {replica.state} {replica.reason}".strip() for replica in replicas)
+            raise CannotStart(f"they are not ready after {limit_s:g} s (--start-timeout-s): {states}")
+
+    def note(self, running: Running, replicas: Collection[Replica]) -> None:
+        """Go by this from now on; the next control process too. Replicas that are not named, it stops."""
+        indices = tuple(sorted(replica.index for replica in replicas))
+        self.running = running.model_copy(update={"replicas": indices if self.owned else None})
+        if self._notebook is not None:
+            self._notebook.write(self.running)
+
+    async def _stop(self, replica: Replica, limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        while (left := await self.core.in_flight(replica)) > 0:
+            if time.monotonic() > deadline:
+                _log.warning("%s is stopped with %d requests in flight, after %g s", replica.id, left, limit_s)
+                break
+            await asyncio.sleep(_QUIET_POLL_S)
+        await self.core.remove(replica)
+
+
+def loaded(replicas: Collection[Replica], desired: Collection[str]) -> frozenset[str]:
+    """Adapter contents that some replica answers with and that should stay loaded."""
+    return frozenset(
+        content_id for replica in replicas for content_id in replica.adapters if replica.adapter_ready(content_id)
+    ) & frozenset(desired)

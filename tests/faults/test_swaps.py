@@ -1,0 +1,63 @@
+"""Names that move between versions, over emulated engines: under load nothing fails or is mixed; by command line."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from gateway.cli.adapters import adapters
+from tests.proofs.swaps import run
+from tests.support.engines import adapter, chat, checkpoint
+from tests.support.gateway import Gateway, gateway
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    folder = tmp_path_factory.mktemp("swaps")
+    base = checkpoint(folder / "base")
+    flags = ("--engine-version", "emulator", "--device", "cuda", "--model", str(base))
+    with gateway(*flags, "--replicas", "2", "--relays", "2", state=folder / "state") as running:
+        yield running
+
+
+def test_swaps_under_load(served: Gateway, tmp_path: Path) -> None:
+    first, second = (adapter(tmp_path / f"v{seed}", seed) for seed in (1, 2))
+    report = asyncio.run(run(served, first, second, swaps=6))
+    assert report.good, str(report)
+    assert len(report.swaps_ms) == 6
+    assert min(report.answers[who] for who in ("base", "v1", "v2")) > 0, str(report)
+
+
+def test_versions_by_command_line(served: Gateway, tmp_path: Path) -> None:
+    first, second = (str(adapter(tmp_path / f"v{seed}", seed)) for seed in (3, 4))
+
+    def cli(*arguments: str, status: int = 0) -> str:
+        result = CliRunner().invoke(adapters, [*arguments, "--url", served.url], env={"COLUMNS": "200"})
+        assert result.exit_code == status, result.output
+        return result.output
+
+    assert "tuned v1 ready" in cli("upload", first, "--name", "tuned")
+    assert "tuned v2 ready" in cli("upload", second, "--name", "tuned", "--no-promote")
+    assert "tuned@v2 gets 5 % of tuned" in cli("canary", "tuned@v2", "--weight", "5", "--manual")
+    cli("alias", "prod", "tuned@v1")
+    page = cli("show", "tuned")
+    for line in ("tuned@v1: ready", "points to v1; it has v1, v2", "also called prod (v1)", "v2 gets 5 % since"):
+        assert line in page, page
+    assert [word in page for word in ("r0", "r1", "baseline", "canary started", "moved", "uploaded")] == [True] * 6
+    assert "points to v1" in cli("rollback", "tuned")
+    assert "pointed nowhere else before" in cli("rollback", "tuned", status=1)
+    assert "points to v2" in cli("promote", "tuned")
+    assert "points to v1" in cli("promote", "tuned@v1")
+    assert "contradict" in cli("promote", "tuned@v1", "--version", "2", status=1)
+    assert "tuned@v2" in cli("list") + cli("show", "tuned@v2")
+    assert "is kept loaded; ready on r0, r1" in cli("load", "tuned")
+    cli("unload", "tuned")
+    cli("alias", "prod", "--delete")
+    assert chat(served, "prod").status_code == 404
+    assert "tuned@v2 deleted" in cli("delete", "tuned@v2")
+    assert "has no version 2; it has v1" in cli("promote", "tuned@v2", status=1)
+    cli("delete", "tuned")

@@ -1,0 +1,1 @@
+"""The relay beside other gateways, over one scripted engine: `python -m tests.proofs.rivals`."""

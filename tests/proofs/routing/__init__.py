@@ -1,0 +1,1 @@
+"""The routing policies compared on simulated engines: `python -m tests.proofs.routing`."""

@@ -1,0 +1,1 @@
+"""Hours of everything going wrong, in minutes: `python -m tests.proofs.soak --minutes 30`."""

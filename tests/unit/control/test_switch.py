@@ -1,0 +1,216 @@
+"""Switching engines and reloading the configuration, over scripted engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.config import ServeConfig
+from gateway.control.reload import Reload
+from gateway.control.replica import State
+from gateway.control.running import Notebook, Running, line
+from gateway.control.switch import Switch
+from gateway.errors import Conflict, InvalidRequest
+from tests.support.fake_engine import Script
+from tests.unit.control.conftest import Start, World, until
+from tests.unit.control.test_api import api, assert_error
+
+
+def to(world: World, backend: str = "sglang") -> ServeConfig:
+    return world.estate.running.config.model_copy(update={"backend": backend})
+
+
+def picture(world: World) -> Any:
+    assert world.core.publisher.current is not None
+    return world.core.publisher.current
+
+
+async def test_the_new_engine_takes_over_with_the_adapters_and_the_old_one_is_stopped(start: Start) -> None:
+    async with start(replicas=2) as world:
+        await world.upload("pirate")
+        old = list(world.hosts)
+        seen: list[tuple[str, ...]] = []  # who took traffic for the adapter, at each change
+        switch = Switch(world.estate)
+        switch.begin(to(world), "beside")
+        while switch.show()["switch"]["phase"] == "starting":
+            seen.append(tuple(picture(world).models["pirate"].engine_models))
+            await switch.wait(0.002)
+        await switch.wait(5)
+        assert switch.show()["backend"] == "sglang"
+        assert switch.show()["switch"]["phase"] == "done", switch.show()
+        assert set(seen) == {("r0", "r1")}, "no traffic for the new one before all of it is there"
+        assert [host.closed for host in old] == [True, True]
+        assert [replica.id for replica in world.replicas] == ["r2", "r3"]
+        assert {replica.backend for replica in picture(world).replicas} == {"sglang"}
+        assert list(picture(world).models["pirate"].engine_models) == ["r2", "r3"]
+        assert world.estate.running.indices == (2, 3)
+        await world.upload("other", seed=1)  # goes to the new ones alone
+
+
+async def test_an_old_engine_finishes_what_it_has(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with start() as world:
+        left = 3
+
+        async def in_flight(replica: Any) -> int:
+            return left if replica.id == "r0" else 0
+
+        monkeypatch.setattr(world.core, "in_flight", in_flight)
+        old = world.hosts[0]
+        switch = Switch(world.estate)
+        switch.begin(to(world), "beside")
+        await until(lambda: switch.show()["switch"]["phase"] == "draining")
+        await until(lambda: list(picture(world).models["base"].engine_models) == ["r1"])
+        assert not old.closed
+        with pytest.raises(Conflict, match="under way"):
+            switch.begin(to(world), "beside")
+        left = 0
+        await switch.wait(5)
+        assert old.closed
+
+
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        (Script(dies_starting="CUDA out of memory"), "the model is too big"),
+        (Script(start_error="no such file"), "no such file"),
+        (Script(rejects="rank 8 is too high"), "does not take the adapter"),
+    ],
+)
+async def test_an_engine_that_does_not_come_up_changes_nothing(start: Start, script: Script, words: str) -> None:
+    async with start() as world:
+        await world.upload("pirate")
+        world.next_script = script
+        switch = Switch(world.estate)
+        switch.begin(to(world), "beside")
+        await switch.wait(10)
+        shown = switch.show()
+        assert (shown["backend"], shown["switch"]["phase"]) == ("vllm", "failed")
+        assert words in shown["switch"]["reason"]
+        assert [replica.id for replica in world.replicas] == ["r0"]
+        assert all(host.closed for host in world.hosts[1:])
+        assert not world.hosts[0].closed
+        await world.core.published()
+        assert list(picture(world).models["pirate"].engine_models) == ["r0"]
+        world.next_script = Script()
+        switch.begin(to(world), "beside")  # and it can be tried again
+        await switch.wait(5)
+        assert switch.show()["backend"] == "sglang"
+
+
+async def test_replacing_stops_the_old_first(start: Start) -> None:
+    async with start() as world:
+        old = world.hosts[0]
+        world.next_script = Script(never_ready=True)
+        switch = Switch(world.estate)
+        switch.begin(to(world), "replace")
+        await until(lambda: len(world.hosts) == 2)
+        assert old.closed
+        await until(lambda: not picture(world).models["base"].engine_models)
+        world.next_script.never_ready = False
+        await switch.wait(5)
+        assert switch.show()["switch"]["phase"] == "done"
+        await until(lambda: list(picture(world).models["base"].engine_models) == ["r0"])
+
+
+async def test_a_replacement_that_does_not_come_up_brings_the_old_engine_back(start: Start) -> None:
+    async with start() as world:
+        world.next_script = script = Script(dies_starting="CUDA out of memory")
+        switch = Switch(world.estate)
+        switch.begin(to(world), "replace")
+        await until(lambda: len(world.hosts) == 2)
+        world.next_script = Script()  # the old one starts well
+        await switch.wait(10)
+        assert script.dies_starting
+        assert "vllm is started again" in switch.show()["switch"]["reason"]
+        await until(lambda: picture(world).models["base"].engine_models)
+        assert {replica.backend for replica in picture(world).replicas} == {"vllm"}
+
+
+async def test_api(start: Start) -> None:
+    async with api(start) as (world, client):
+        assert (await client.get("/admin/backend")).json() == {
+            "object": "backend", "backend": "vllm", "engine_version": None, "switch": None,
+        }  # fmt: skip
+        assert_error(await client.post("/admin/backend", json={"backend": "llama"}), 400, "backend")
+        assert_error(await client.post("/admin/backend", json={"backend": "vllm", "port": 1}), 400, "port")
+        bad = {"backend": "vllm", "memory_fraction": 2}
+        assert_error(await client.post("/admin/backend", json=bad), 400, "memory_fraction")
+        answer = await client.post("/admin/backend", json={"backend": "sglang", "wait_s": 10})
+        assert answer.status_code == 202
+        assert answer.json()["switch"]["phase"] == "done"
+        assert [replica.state for replica in world.replicas] == [State.READY]
+
+
+class TestReload:
+    def world_of(self, world: World, tmp_path: Path, text: str) -> Reload:
+        file = tmp_path / "gateway.yaml"
+        file.write_text(text)
+        flags = {"start_timeout_s": 5, "drain_timeout_s": 5, "backend": "vllm"}
+        declared = ServeConfig.model_validate({"replicas": 1, **flags})
+        world.estate.running = Running(config=declared, declared=declared, file=file, flags=flags)
+        return Reload(world.estate)
+
+    async def test_replicas_keys_and_limits(self, start: Start, tmp_path: Path) -> None:
+        async with start() as world:
+            reload = self.world_of(world, tmp_path, "replicas: 3\napi_key: [one, two]\nmax_body_mb: 5\n")
+            answer = await reload.run()
+            assert answer["changed"] == {"replicas": 3, "api_key": "2 keys", "max_body_mb": 5}
+            await until(lambda: len(picture(world).models["base"].engine_models) == 3)
+            assert len(picture(world).keys) == 2
+            assert picture(world).limits.max_body_bytes == 5_000_000
+            assert picture(world).reloads == 1
+            (tmp_path / "gateway.yaml").write_text("replicas: 1\n")
+            await reload.run()
+            await until(lambda: [replica.id for replica in world.replicas] == ["r0"])
+            assert [host.closed for host in world.hosts] == [False, True, True]
+            await until(lambda: not picture(world).keys)
+            assert world.estate.running.indices == (0,)
+
+    @pytest.mark.parametrize(
+        "text, words",
+        [
+            ("model: other\nreplicas: 2\nrelays: 4\n", "model, relays cannot change while the gateway runs"),
+            ("replicas: 0\n", "`replicas`: "),
+            ("replica: 2\n", "did you mean `replicas`?"),
+            ("replicas: [\n", "is not YAML"),
+            ("tls_cert: /none\ntls_key: /none\n", "cannot read --tls-cert /none"),
+        ],
+    )
+    async def test_a_file_with_a_fault_changes_nothing(
+        self, start: Start, tmp_path: Path, text: str, words: str
+    ) -> None:
+        async with start() as world:
+            reload = self.world_of(world, tmp_path, text)
+            with pytest.raises(InvalidRequest, match="nothing was changed") as refused:
+                await reload.run()
+            assert words in str(refused.value)
+            assert len(world.replicas) == 1
+            assert picture(world).limits is None
+
+    async def test_a_switched_engine_stays_and_may_be_written_down(self, start: Start, tmp_path: Path) -> None:
+        async with start() as world:
+            reload = self.world_of(world, tmp_path, "replicas: 1\n")
+            switch = Switch(world.estate)
+            switch.begin(to(world), "beside")
+            await switch.wait(5)
+            world.estate.running = world.estate.running.model_copy(update={"flags": {"start_timeout_s": 5}})
+            (tmp_path / "gateway.yaml").write_text("backend: sglang\ndrain_timeout_s: 5\nreplicas: 2\n")
+            assert (await reload.run())["changed"] == {"backend": "sglang", "replicas": 2}
+            await until(lambda: len(picture(world).models["base"].engine_models) == 2)
+            assert {replica.backend for replica in picture(world).replicas} == {"sglang"}
+
+
+def test_what_runs_is_the_last_whole_line(tmp_path: Path) -> None:
+    notebook = Notebook(tmp_path / "running")
+    first = Running.of(ServeConfig(api_key=("secret",), replicas=2), Path("/a.yaml"), {"port": 1})
+    (tmp_path / "running").write_bytes(line(first))
+    assert notebook.read() == first
+    assert first.indices == (0, 1)
+    second = first.model_copy(update={"replicas": (2, 3)})
+    notebook.write(second)
+    assert notebook.read() == second
+    with (tmp_path / "running").open("ab") as file:
+        file.write(line(first)[:50])  # killed while it wrote
+    assert notebook.read() == second
