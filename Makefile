@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test check unit conformance torch engine docs clean
+.PHONY: serve test check unit conformance torch engine bench-gateway docs clean
 
 serve: .venv/core
 	$(BIN)/gateway engines install vllm
@@ -21,12 +21,12 @@ check: .venv/dev
 
 # Everything that needs no engine: pure parts, faults, architecture.
 unit: .venv/dev
-	$(BIN)/python -m pytest tests/unit tests/faults tests/architecture
+	$(BIN)/python -m pytest -n 3 --dist loadfile tests/unit tests/faults tests/architecture
 
 # The official client, this major and the one before, over all three emulated engines.
 conformance: .venv/dev .venv-openai2/done
-	$(BIN)/python -m pytest tests/conformance
-	.venv-openai2/bin/python -m pytest tests/conformance
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/conformance
+	.venv-openai2/bin/python -m pytest -n 2 --dist loadfile tests/conformance
 
 # The trainer and the quantizer, on tiny models; peft and compressed-tensors are the judges.
 torch: .venv-torch/done
@@ -38,6 +38,10 @@ engine: .venv/dev .venv-torch/done
 	$(BIN)/gateway engines install sglang --device cpu
 	$(BIN)/gateway models pull demo
 	$(BIN)/python -m pytest tests/engine
+
+# The relay beside nginx, vllm-router, sglang-router, smg and LiteLLM, which it installs in a cache folder: ten minutes.
+bench-gateway: .venv/dev
+	$(BIN)/python -m tests.proofs.rivals --out docs/results
 
 # Pages generated from the code; a test fails when they are stale.
 docs: .venv/dev
