@@ -30,7 +30,7 @@ conformance: .venv/dev .venv-openai2/done
 
 # The trainer and the quantizer, on tiny models; peft and compressed-tensors are the judges.
 torch: .venv-torch/done
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE .venv-torch/bin/python -m pytest tests/trainer tests/quant -m "not engine"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-torch/bin/python -m pytest -n 2 --dist loadfile tests/trainer tests/quant -m "not engine"
 
 # The real vLLM and SGLang on the CPU, with the demo model and adapters compared to peft's own output.
 engine: .venv/dev .venv-torch/done

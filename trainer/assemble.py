@@ -27,6 +27,7 @@ from trainer.errors import DataError, RunError
 from trainer.events import EventLog, curve, read_events
 from trainer.examples import tokeniser
 from trainer.export import describe_base, export, now
+from trainer.flops import best_tokens_per_s
 from trainer.golden import golden_answers
 from trainer.learner import Learner
 from trainer.loop import Ending, Training, evaluate
@@ -99,6 +100,7 @@ def assembled(
             view=stack.enter_context(ProgressView(total_steps, state.step, name)),
             pause=pause,
             state=state,
+            best_tokens_per_s=best_tokens_per_s(learner),
         )
         # Reading all weights again takes a while for a large model; it is needed at the end only.
         base_facts = background.submit(describe_base, base.path, base.tokenizer)

@@ -27,6 +27,7 @@ _PARSERS: dict[str, Callable[[dict[str, Any], FormatName], object]] = {
     "kto": parse_labelled,
     "grpo": parse_prompt,
 }
+_GOLDEN_PROMPTS = ("What can you do for me?", "Write one sentence about cats.", "What is 17 + 25?")
 EXIT_PAUSED = 75  # EX_TEMPFAIL: run `train resume` to go on
 
 
@@ -87,6 +88,17 @@ def pause(run_dir: Path) -> None:
     click.echo(f"asked; go on later with `gateway train resume {run_dir}`")
 
 
+@train.command()
+@click.option("--model", required=True, help="The base: checkpoint directory, hub id, or `demo`.")
+@click.option("--adapter", required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--prompt", "prompts", multiple=True, default=_GOLDEN_PROMPTS, show_default=True, help="Repeatable.")
+def golden(model: str, adapter: Path, prompts: tuple[str, ...]) -> None:
+    """Give a PEFT directory from elsewhere golden prompts, by which the gateway checks what engines serve."""
+    with _shown_as_click_error():
+        count = _module("trainer.reference").write_goldens(model, adapter, prompts)
+    click.echo(f"{count} golden prompts in {adapter / 'manifest.json'}")
+
+
 @train.command("check-data")
 @click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--method", type=click.Choice(list(configs.CONFIGS)), default="sft", show_default=True)
@@ -100,7 +112,11 @@ def check_data(files: tuple[Path, ...], method: str, data_format: FormatName) ->
 
 
 def _runs() -> ModuleType:
-    """`trainer.run`, which imports torch."""
+    return _module("trainer.run")
+
+
+def _module(name: str) -> ModuleType:
+    """A module of ours that imports torch. Raises ClickException where there is none."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise click.ClickException(
@@ -109,7 +125,7 @@ def _runs() -> ModuleType:
         )
     # Beside a busy server on the same cores, threads that spin while they wait make a step several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return importlib.import_module("trainer.run")
+    return importlib.import_module(name)
 
 
 def _exit(ending: str, directory: Path) -> None:

@@ -42,6 +42,9 @@ class TrainConfig(BaseModel):
     dtype: DTypeName = _option("auto", _MODEL, "Weights and activations. auto: bfloat16 on cuda, float32 on cpu.")
     tuning: Literal["lora", "full"] = _option("lora", _MODEL, "Train an adapter, or every parameter (in float32).")
     gradient_checkpointing: bool = _option(False, _MODEL, "Less memory for about a third more time.")
+    compile: bool = _option(
+        False, _MODEL, "torch.compile the layers: a slow first step, faster and smaller ones after."
+    )
 
     lora_rank: int = _option(16, _LORA, "Rank of the adapter.", ge=1)
     lora_alpha: float | None = _option(None, _LORA, "Scale is alpha/rank. Default: twice the rank.", gt=0)
@@ -71,6 +74,7 @@ class TrainConfig(BaseModel):
     micro_batch_tokens: int | None = _option(
         None, _OPTIM, "Tokens packed into one forward pass; the memory knob. Default: max_length.", ge=8
     )
+    oom_backoff: bool = _option(False, _OPTIM, "Out of device memory: go on with smaller rows instead of ending.")
     packing: bool = _option(True, _OPTIM, "Several examples in one forward pass (attention stays within each).")
     learning_rate: float = _option(2e-4, _OPTIM, "Peak learning rate.", gt=0)
     schedule: Schedule = _option("cosine", _OPTIM, "Shape of the learning rate after warm-up.")
@@ -279,7 +283,7 @@ def _check_together(runs: list[TrainConfig]) -> None:
     """Raises ConfigError for runs that cannot share one model."""
     first = runs[0]
     for i, run in enumerate(runs):
-        for key in ("model", "device", "dtype", "gradient_checkpointing"):
+        for key in ("model", "device", "dtype", "gradient_checkpointing", "compile"):
             if getattr(run, key) != getattr(first, key):
                 raise ConfigError(f"runs[{i}]: `{key}` must be the same for all runs: they share the model")
         if run.tuning != "lora" or isinstance(run, GrpoConfig):

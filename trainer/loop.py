@@ -22,7 +22,7 @@ from trainer.errors import CheckpointError, DivergedError, ModelError
 from trainer.events import EventLog
 from trainer.learner import Learner
 from trainer.objectives import Metrics, PerToken, Sft
-from trainer.pack import PackedBatch
+from trainer.pack import PackedBatch, halves
 from trainer.progress import ProgressView
 from trainer.readback import Readback
 from trainer.schedule import learning_rate
@@ -54,6 +54,7 @@ class Training:
     view: ProgressView
     pause: PauseRequest
     state: TrainState = field(default_factory=TrainState)
+    best_tokens_per_s: float | None = None  # at 100 % MFU; None where the device's peak is not known
     measured_from: float = 0.0  # perf_counter when the step being measured began
     skipped_in_row: int = 0  # steps left out for non-finite gradients, up to now
 
@@ -75,13 +76,65 @@ class Row(NamedTuple):
 Steps = Generator[Row, Metrics, Ending]
 
 
+def _work(row: Row) -> Metrics:
+    return row.learner.forward_backward(row.batch, row.objective, row.normaliser)
+
+
+class BackOff:
+    """Works on rows; one that does not fit in memory is split, and later ones are made no larger.
+
+    The loss of a step is one sum, so only speed changes. Examples are never split.
+    """
+
+    def __init__(self, run: Training) -> None:
+        self._run = run
+        self._limit_tokens: int | None = None
+
+    def __call__(self, row: Row) -> Metrics:
+        """The metrics of the row. Raises torch.OutOfMemoryError when a single example does not fit."""
+        waiting = [row.batch]
+        total: Metrics = {}
+        while waiting:
+            batch = waiting.pop(0)
+            if (
+                self._limit_tokens
+                and batch.tokens > self._limit_tokens
+                and (parts := halves(batch, row.objective.sequences_per_example))
+            ):
+                waiting[:0] = parts
+                continue
+            before = {name: p.grad.clone() for name, p in row.learner.parameters.items() if p.grad is not None}
+            try:
+                metrics = _work(row._replace(batch=batch))
+            except torch.OutOfMemoryError:
+                parts = halves(batch, row.objective.sequences_per_example)
+                if not parts:
+                    raise
+                self._back_off(row.learner, before, max(part.tokens for part in parts))
+                waiting.insert(0, batch)
+                continue
+            for name, value in metrics.items():
+                total[name] = total[name] + value if name in total else value
+        return total
+
+    def _back_off(self, learner: Learner, gradients: dict[str, torch.Tensor], tokens: int) -> None:
+        for name, parameter in learner.parameters.items():
+            parameter.grad = gradients.get(name)  # without what the failed row had added
+        self._limit_tokens = tokens
+        message = f"out of device memory: rows of over {tokens} tokens are split from now on"
+        self._run.events.write("warning", step=self._run.state.step, message=message)
+        self._run.view.note(f"warning: {message}")
+        torch.cuda.empty_cache()
+
+
 def train(run: Training) -> Ending:
     """Run until done, paused or stopped early; a checkpoint of the last step is on disk then. Raises as `steps`."""
     asking = steps(run)
+    work = BackOff(run) if run.config.oom_backoff else _work
     try:
         row = next(asking)
         while True:
-            row = asking.send(row.learner.forward_backward(row.batch, row.objective, row.normaliser))
+            row = asking.send(work(row))
     except StopIteration as stop:
         ending: Ending = stop.value
         return ending
@@ -158,7 +211,8 @@ def out_of_memory(config: TrainConfig, longest_tokens: int) -> ModelError:
     """What to do about it, in words."""
     return ModelError(
         f"out of device memory with rows of {config.budget_tokens} tokens: lower --micro-batch-tokens "
-        f"(not below the longest example, {longest_tokens}), or set --gradient-checkpointing"
+        f"(not below the longest example, {longest_tokens}), set --compile or --gradient-checkpointing (less memory), "
+        "or --oom-backoff to go on with smaller rows"
     )
 
 
@@ -170,6 +224,8 @@ def _finish_records(run: Training, records: list[dict[str, Any]]) -> None:
         run.measured_from += elapsed_s
         run.state.seconds += elapsed_s
         record["tokens_per_s"] = round(record["tokens"] / elapsed_s, 1)
+        if run.best_tokens_per_s:
+            record["mfu"] = round(record["tokens_per_s"] / run.best_tokens_per_s, 4)
         skipped = bool(record.pop("skipped"))
         run.skipped_in_row = run.skipped_in_row + 1 if skipped else 0
         if skipped:

@@ -1,7 +1,6 @@
 """Low-rank adapters on the linear layers of a frozen model: y = x W^T + b + scale * (x A^T) B^T.
 
-The adapter's weights are float32; they are cast to the activations' type where they are used. The backward pass keeps
-nothing beyond the layer's input (which its neighbours share) and never computes a gradient of W.
+The adapter's weights are float32; they are cast to the activations' type where they are used (`products.py`).
 
 Several adapters may share a model; each token of a row passes through one of them, or none.
 
@@ -11,17 +10,20 @@ Shapes: T tokens, t those of one adapter, I input size, O output size, R rank.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from trainer.errors import ModelError
+from trainer.packed import PackedLinear
+from trainer.products import Frozen, Part, products
 
 ALL_LINEAR = "all-linear"
 _PLAIN_NAME = re.compile(r"[\w.\-]+")
@@ -49,8 +51,7 @@ class LoraSettings:
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Tokens [first, end) of a row that pass through one adapter."""
 
     adapter: int
@@ -89,25 +90,33 @@ class Mix:
 class LoraSlot(nn.Module):
     """One adapter's weights at one layer."""
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, base: nn.Linear | PackedLinear, rank: int, scale: float, dropout: float, generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.scale = scale
         self.dropout = dropout
         a_RI = torch.empty(rank, base.in_features, dtype=torch.float32)
         nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
-        device = base.weight.device
+        device = next(itertools.chain(base.parameters(), base.buffers())).device
         self.lora_a = nn.Parameter(a_RI.to(device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer and its adapters: slots by adapter number."""
+    """A frozen linear layer and its adapters: slots by adapter number.
 
-    def __init__(self, base: nn.Linear, mix: Mix) -> None:
+    The first of several layers that take the same input computes for all of them (`products.py`); the others, called
+    next with that very tensor, hand their result over.
+    """
+
+    def __init__(self, base: nn.Linear | PackedLinear, mix: Mix) -> None:
         super().__init__()
         self.base = base
         self.mix = mix
         self.slots: dict[int, LoraSlot] = {}
+        self.together: tuple[LoraLinear, ...] = (self,)  # with the layers that this one computes for
+        self._ready: tuple[torch.Tensor, torch.Tensor] | None = None  # an input, and what came of it
 
     @property
     def weight(self) -> torch.Tensor:
@@ -116,68 +125,62 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., I] -> [..., O]."""
+        ready, self._ready = self._ready, None
+        if ready is not None and ready[0] is x:
+            return ready[1]
         x_TI = x.reshape(-1, x.shape[-1])
-        spans = [span for span in self.mix.of(len(x_TI)) if span.adapter in self.slots]
-        if not spans:
+        spans = self.mix.of(x_TI.shape[0])
+        if not any(span.adapter in self.slots for span in spans):
             out: torch.Tensor = self.base(x)
             return out
-        slots = [self.slots[span.adapter] for span in spans]
-        if self.training and any(slot.dropout for slot in slots):
-            return self._with_dropout(x_TI, spans, slots).view(*x.shape[:-1], -1)
-        parts = tuple((span.first, span.end, slot.scale) for span, slot in zip(spans, slots, strict=True))
-        weights = [weight for slot in slots for weight in (slot.lora_a, slot.lora_b)]
-        y_TO: torch.Tensor = _LoraProducts.apply(x_TI, self.base.weight, self.base.bias, parts, *weights)
-        return y_TO.view(*x.shape[:-1], -1)
+        if self.training and any(slot.dropout for slot in self.slots.values()):
+            return self._with_dropout(x_TI, spans).view(*x.shape[:-1], -1)
+        layers = self.together
+        outputs = products(x_TI, [layer.frozen() for layer in layers], _parts(layers, spans))
+        for layer, y_TO in zip(layers[1:], outputs[1:], strict=True):
+            layer._ready = (x, y_TO.view(*x.shape[:-1], -1))
+        return outputs[0].view(*x.shape[:-1], -1)
 
-    def _with_dropout(self, x_TI: torch.Tensor, spans: list[Span], slots: list[LoraSlot]) -> torch.Tensor:
+    def frozen(self) -> Frozen:
+        """The weight as `products` takes it."""
+        base = self.base
+        if isinstance(base, PackedLinear):
+            return Frozen(base.words, base.scale, base.zero, base.bias)
+        return Frozen(base.weight, None, None, base.bias)
+
+    def _with_dropout(self, x_TI: torch.Tensor, spans: tuple[Span, ...]) -> torch.Tensor:
         y_TO: torch.Tensor = self.base(x_TI)
         added = torch.zeros_like(y_TO)
-        for span, slot in zip(spans, slots, strict=True):
-            tokens = slice(span.first, span.end)
-            down = F.linear(F.dropout(x_TI[tokens], slot.dropout), slot.lora_a.to(x_TI.dtype))
-            added[tokens] = F.linear(down, slot.lora_b.to(x_TI.dtype)) * slot.scale
+        for span in spans:
+            if (slot := self.slots.get(span.adapter)) is not None:
+                tokens = slice(span.first, span.end)
+                down = F.linear(F.dropout(x_TI[tokens], slot.dropout), slot.lora_a.to(x_TI.dtype))
+                added[tokens] = F.linear(down, slot.lora_b.to(x_TI.dtype)) * slot.scale
         return y_TO + added
 
 
-class _LoraProducts(torch.autograd.Function):
-    """Base and adapters in one node: the low-rank terms are added into the products of W, forward and backward.
+def _parts(layers: tuple[LoraLinear, ...], spans: tuple[Span, ...]) -> list[Part]:
+    return [
+        Part(i, span.first, span.end, slot.scale, slot.lora_a, slot.lora_b)
+        for span in spans
+        for i, layer in enumerate(layers)
+        if (slot := layer.slots.get(span.adapter)) is not None
+    ]
 
-    `parts` is (first token, end, scale) of each adapter; its A and B follow as two arguments.
-    """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TI: torch.Tensor,
-        w_OI: torch.Tensor,
-        bias_O: torch.Tensor | None,
-        parts: tuple[tuple[int, int, float], ...],
-        *weights: torch.Tensor,
-    ) -> torch.Tensor:
-        y_TO = F.linear(x_TI, w_OI, bias_O)
-        for (first, end, scale), a_RI, b_OR in zip(parts, weights[0::2], weights[1::2], strict=True):
-            down_tR = x_TI[first:end] @ a_RI.to(x_TI.dtype).T
-            y_TO[first:end].addmm_(down_tR, b_OR.to(x_TI.dtype).T, alpha=scale)
-        ctx.save_for_backward(x_TI, w_OI, *weights)
-        ctx.parts = parts
-        return y_TO
+# Layers of one module that models call one after the other with the same input.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TI, w_OI, *weights = ctx.saved_tensors
-        dy_TO = grads[0]
-        dx_TI = dy_TO @ w_OI if ctx.needs_input_grad[0] else None
-        dweights: list[torch.Tensor | None] = []
-        for (first, end, scale), a_RI, b_OR in zip(ctx.parts, weights[0::2], weights[1::2], strict=True):
-            x_tI, dy_tO = x_TI[first:end], dy_TO[first:end]
-            a, b = a_RI.to(x_TI.dtype), b_OR.to(x_TI.dtype)
-            down_tR = x_tI @ a.T  # cheap enough to compute again
-            ddown_tR = (dy_tO @ b).mul_(scale)
-            dweights.append((ddown_tR.T @ x_tI).to(a_RI.dtype))
-            dweights.append((dy_tO.T @ down_tR).to(b_OR.dtype).mul_(scale))
-            if dx_TI is not None:
-                dx_TI[first:end].addmm_(ddown_tR, a)
-        return dx_TI, None, None, None, *dweights
+
+def _bind_siblings(model: nn.Module) -> None:
+    """Let the first of each group of siblings compute for all that carry an adapter without dropout."""
+    for module in model.modules():
+        for names in _SIBLINGS:
+            found = [layer for name in names if isinstance(layer := getattr(module, name, None), LoraLinear)]
+            if found and not any(slot.dropout for layer in found for slot in layer.slots.values()):
+                found[0].together = tuple(found)
+            elif found:
+                found[0].together = (found[0],)
 
 
 class LoraAdapter:
@@ -221,7 +224,7 @@ def inject(model: nn.Module, settings: LoraSettings, generator: torch.Generator)
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.removesuffix(".base") not in adapted
+        if isinstance(module, nn.Linear | PackedLinear) and name.removesuffix(".base") not in adapted
     } | {name: module.base for name, module in adapted.items()}
     head = model.get_output_embeddings()
     candidates = {name: module for name, module in linears.items() if module is not head}
@@ -233,13 +236,14 @@ def inject(model: nn.Module, settings: LoraSettings, generator: torch.Generator)
         layer.slots[mix.adapters] = slots[name] = slot
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
+    _bind_siblings(model)
     adapter = LoraAdapter(slots, settings, tuple(sorted(linears)), mix, mix.adapters)
     mix.adapters += 1
     adapter.activate()
     return adapter
 
 
-def _select(linears: dict[str, nn.Linear], targets: tuple[str, ...]) -> set[str]:
+def _select(linears: dict[str, nn.Linear | PackedLinear], targets: tuple[str, ...]) -> set[str]:
     if targets == (ALL_LINEAR,):
         return set(linears)
     if len(targets) == 1 and not _PLAIN_NAME.fullmatch(targets[0]):

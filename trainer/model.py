@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -19,6 +20,10 @@ from trainer import attention
 from trainer.config import TrainConfig
 from trainer.errors import ModelError
 from trainer.pack import PackedBatch
+from trainer.packed import PackedLinear
+from trainer.quantized import load_quantized
+
+_COMPILER = "inductor"
 
 # Ways in which a model changes its logits after the vocabulary matrix; `logprobs.py` computes none of them.
 _LOGIT_QUIRKS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": None}
@@ -39,6 +44,11 @@ class BaseModel:
         """The vocabulary matrix."""
         head: torch.Tensor = self.model.get_output_embeddings().weight
         return head
+
+    def multiplied_weights(self) -> int:
+        """Weights that every token is multiplied with: those of all linear layers, the vocabulary matrix among them."""
+        linears = (module for module in self.model.modules() if isinstance(module, nn.Linear | PackedLinear))
+        return sum(linear.in_features * linear.out_features for linear in linears)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -68,11 +78,36 @@ def load_base(config: TrainConfig) -> BaseModel:
         settings = AutoConfig.from_pretrained(path)
         _refuse_unsupported(settings, path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
-    model.to(device)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if quantization := getattr(settings, "quantization_config", None):
+            if config.tuning == "full":
+                raise ModelError(f"{path} is quantized: only an adapter can be trained on it, not --tuning full")
+            model = load_quantized(path, settings, dict(quantization), device, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
+            model.to(device)
+    prepare_layers(model, checkpointing=config.gradient_checkpointing, compiled=config.compile)
     return BaseModel(model, tokenizer, path, device, dtype)
+
+
+def prepare_layers(model: Any, *, checkpointing: bool, compiled: bool) -> None:
+    """Recompute each decoder layer in the backward pass, and compile it: one layer's code serves them all."""
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if compiled:
+        # Else the first layer's input has no gradient, and it would be compiled apart.
+        model.enable_input_require_grads()
+        for layer in model.base_model.layers:
+            layer.forward = _compiled_to_train(layer.forward)
+
+
+def _compiled_to_train(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled where gradients are wanted; evaluation and greedy answers are not worth compiling for."""
+    compiled = torch.compile(forward, backend=_COMPILER)
+
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    return either
 
 
 def resolve_model(name: str) -> Path:
@@ -94,8 +129,6 @@ def resolve_model(name: str) -> Path:
 
 def _refuse_unsupported(settings: Any, path: Path) -> None:
     text = settings.get_text_config()
-    if getattr(settings, "quantization_config", None):
-        raise ModelError(f"{path} is quantized; the trainer needs the unquantized checkpoint")
     for name, harmless in _LOGIT_QUIRKS.items():
         value = getattr(text, name, None)
         if value is not None and value != harmless:

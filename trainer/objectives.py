@@ -22,6 +22,7 @@ class PerToken(Protocol):
     """A loss of per-token log-probabilities."""
 
     needs_reference: bool
+    sequences_per_example: int  # of a row that must stay together
 
     def loss(
         self, logprobs_K: torch.Tensor, reference_K: torch.Tensor | None, batch: PackedBatch
@@ -40,6 +41,7 @@ class Sft:
     """Linear: the negative log-likelihood of the targets, by weight. `Learner` takes the fused way for it."""
 
     needs_reference = False
+    sequences_per_example = 1
 
     def normaliser(self, dataset: TokenDataset, examples: list[int]) -> float:
         """The total weight of the batch: every token counts the same, however the batch is split."""
@@ -50,6 +52,7 @@ class _Pairs:
     """Rows hold chosen and rejected of each pair, one after the other."""
 
     needs_reference = False
+    sequences_per_example = 2
 
     def normaliser(self, dataset: TokenDataset, examples: list[int]) -> float:
         """Pairs in the batch."""
@@ -127,6 +130,7 @@ class Kto:
     """Single answers, good or bad, against the frozen base. `source.LabelledExamples` sets `kl` for each batch."""
 
     needs_reference = True
+    sequences_per_example = 1
 
     def __init__(self, beta: float, desirable_weight: float, undesirable_weight: float) -> None:
         self._beta, self._weights = beta, (desirable_weight, undesirable_weight)
@@ -157,6 +161,8 @@ class Kto:
 
 class Grpo:
     """Sampled answers with an advantage each; a target's weight is its share in the mean (`rollout.py`)."""
+
+    sequences_per_example = 1
 
     def __init__(self, beta: float, clip_low: float, clip_high: float) -> None:
         self.needs_reference = beta > 0

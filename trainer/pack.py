@@ -24,6 +24,7 @@ class Segments(NamedTuple):
     offsets_S1: torch.Tensor  # int32 [S + 1], on the device of the row
     lengths: tuple[int, ...]  # the same on the host, in tokens
     longest: int
+    uniform: bool = False  # all of one length, for which a dense kernel is worth preparing
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def pack_sequences(pairs: Sequence[tuple[np.ndarray, np.ndarray]], device: torch
     return PackedBatch(
         token_ids_1T=on_device["token_ids"],
         positions_1T=on_device["positions"],
-        segments=Segments(on_device["offsets"], lengths, max(lengths)),
+        segments=Segments(on_device["offsets"], lengths, max(lengths), _uniform(lengths, device)),
         rows_K=on_device["rows"],
         targets_K=on_device["targets"],
         weights_K=on_device["weights"],
@@ -134,6 +135,55 @@ def join(batches: Sequence[PackedBatch]) -> PackedBatch:
         sequence_K=torch.cat([batch.sequence_K + first for batch, first in zip(batches, sequences, strict=True)]),
         sequences=sum(batch.sequences for batch in batches),
     )
+
+
+def halves(batch: PackedBatch, per_example: int) -> list[PackedBatch]:
+    """The row as two with about half of the tokens each; none when it is one example of so many sequences."""
+    lengths = batch.segments.lengths
+    ends = np.cumsum(lengths)
+    cuts = range(per_example, len(lengths), per_example)
+    if not cuts:
+        return []
+    cut = min(cuts, key=lambda at: abs(2 * int(ends[at - 1]) - batch.tokens))
+    first = int(ends[cut - 1])
+    targets = int((batch.rows_K < first).sum())
+    return [_slice(batch, 0, cut, 0, first, 0, targets), _slice(batch, cut, None, first, None, targets, None)]
+
+
+def _slice(
+    batch: PackedBatch,
+    sequence: int,
+    sequences: int | None,
+    token: int,
+    tokens: int | None,
+    target: int,
+    targets: int | None,
+) -> PackedBatch:
+    """Sequences, tokens and targets from the first to before the second of each pair."""
+    lengths = batch.segments.lengths[sequence:sequences]
+    offsets = batch.segments.offsets_S1[sequence : None if sequences is None else sequences + 1] - token
+    kept = {"S": slice(sequence, sequences), "K": slice(target, targets)}
+    return PackedBatch(
+        token_ids_1T=batch.token_ids_1T[:, token:tokens],
+        positions_1T=batch.positions_1T[:, token:tokens],
+        segments=Segments(offsets, lengths, max(lengths), batch.segments.uniform),
+        rows_K=batch.rows_K[target:targets] - token,
+        targets_K=batch.targets_K[target:targets],
+        weights_K=batch.weights_K[target:targets],
+        sequence_K=batch.sequence_K[target:targets] - sequence,
+        sequences=len(lengths),
+        columns={name: column[kept[name[-1]]] for name, column in batch.columns.items()},
+    )
+
+
+def _uniform(lengths: tuple[int, ...], device: torch.device) -> bool:
+    """Whether Hopper's dense attention kernel should take the row.
+
+    Preparing it costs 0.1 s for every new length, so only lengths that long texts are cut to come in question.
+    """
+    if device.type != "cuda" or len(set(lengths)) > 1 or lengths[0] < 1024 or lengths[0] % 64 not in (0, 63):
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _to_device(column: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -43,6 +43,8 @@ class ProgressView:
         self._shown_steps += 1
         self._shown_s += record["tokens"] / record["tokens_per_s"]
         text = f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s"
+        if "mfu" in record:
+            text += f"  MFU {record['mfu']:.0%}"
         if self._bar:
             self._bar.update(self._task, completed=record["step"], description=text)
         elif time.monotonic() - self._last_line >= _LINE_EVERY_S or record["step"] == self._total:

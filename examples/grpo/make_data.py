@@ -1,4 +1,4 @@
-"""Sums of two numbers, as prompts with their answer: `python make_data.py` writes data/train.jsonl and data/eval.jsonl."""
+"""Sums as prompts with their answer: `python make_data.py` writes data/train.jsonl and data/eval.jsonl."""
 
 from __future__ import annotations
 

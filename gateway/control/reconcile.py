@@ -63,9 +63,7 @@ class _Refusal:
 class Reconciler:
     """Keeps the adapters of all replicas. `keep` runs for each while it is ready."""
 
-    def __init__(
-        self, registry: Registry, residents: Residents, surroundings: Surroundings, timings: Timings
-    ) -> None:
+    def __init__(self, registry: Registry, residents: Residents, surroundings: Surroundings, timings: Timings) -> None:
         self._registry = registry
         self._residents = residents
         self._around = surroundings

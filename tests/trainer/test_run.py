@@ -18,8 +18,8 @@ from click.testing import CliRunner  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from tests.trainer.models import chat_rows, preference_rows, write_jsonl  # noqa: E402
+from trainer import assemble, cli, config, run  # noqa: E402
 from trainer import checkpoint as checkpoints  # noqa: E402
-from trainer import cli, config, run  # noqa: E402
 from trainer.errors import DataError, DivergedError, ModelError, RunError  # noqa: E402
 from trainer.events import curve, read_events  # noqa: E402
 from trainer.learner import Learner  # noqa: E402
@@ -89,6 +89,9 @@ def test_a_run_learns_and_leaves_everything_needed_to_repeat_it(settings: dict[s
     assert manifest["metrics"]["train_loss"] == losses[manifest["metrics"]["step"]]
     assert manifest["metrics"]["eval"]["loss"] == curve(tmp_path / "run" / "events.jsonl", "eval")[STEPS]
     assert len(manifest["golden"]) == 4 and len(manifest["golden"][0]["logprobs"]) > 0
+    for answer in manifest["golden"]:
+        assert len(answer["base_logprobs"]) == len(answer["token_ids"])
+        assert answer["base_logprobs"] != answer["logprobs"]
     repeated = config.reload(tmp_path / "run" / "config.yaml").model_copy(update={"output_dir": tmp_path / "again"})
     run.start(repeated)
     assert_same_run(tmp_path / "run", tmp_path / "again")
@@ -144,7 +147,7 @@ def test_a_full_disk_at_the_end_is_resumed_after_making_room(
 ) -> None:
     start(settings)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "export", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(assemble, "export", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(RunError, match=r"No space left on device\. Nothing is lost"):
             start(settings, output_dir=tmp_path / "full")
     assert run.resume(tmp_path / "full") is Ending.FINISHED
