@@ -286,6 +286,8 @@ def _check_together(runs: list[TrainConfig]) -> None:
         for key in ("model", "device", "dtype", "gradient_checkpointing", "compile"):
             if getattr(run, key) != getattr(first, key):
                 raise ConfigError(f"runs[{i}]: `{key}` must be the same for all runs: they share the model")
+        if run.oom_backoff:
+            raise ConfigError(f"runs[{i}]: `oom_backoff` does not work for runs that share rows; lower the row size")
         if run.tuning != "lora" or isinstance(run, GrpoConfig):
             raise ConfigError(f"runs[{i}]: only LoRA runs on a dataset can be trained together")
         if run.output_dir in [other.output_dir for other in runs[:i]]:

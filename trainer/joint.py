@@ -27,20 +27,20 @@ def train_together(runs: Sequence[Training], budget_tokens: int) -> list[Outcome
     """
     outcomes: dict[int, Outcome] = {}
     asking: dict[int, tuple[Steps, Row]] = {}
-    for i, run in enumerate(runs):
-        _advance(i, steps(run), None, asking, outcomes)
-    while asking:
-        waiting = dict(asking)
-        order = list(waiting)
-        for group in plan([waiting[i][1].batch.tokens for i in order], budget_tokens):
-            members = [order[k] for k in group]
-            try:
+    try:
+        for i, run in enumerate(runs):
+            _advance(i, steps(run), None, asking, outcomes)
+        while asking:
+            waiting = dict(asking)
+            order = list(waiting)
+            for group in plan([waiting[i][1].batch.tokens for i in order], budget_tokens):
+                members = [order[k] for k in group]
                 results = forward_backward([waiting[i][1] for i in members])
-            except torch.OutOfMemoryError as error:
-                longest = max(runs[i].source.longest_tokens for i in members)
-                raise out_of_memory(runs[members[0]].config, longest) from error
-            for i, metrics in zip(members, results, strict=True):
-                _advance(i, waiting[i][0], metrics, asking, outcomes)
+                for i, metrics in zip(members, results, strict=True):
+                    _advance(i, waiting[i][0], metrics, asking, outcomes)
+    except torch.OutOfMemoryError as error:
+        widest = max(runs, key=lambda run: run.config.budget_tokens)
+        raise out_of_memory(widest.config, max(run.source.longest_tokens for run in runs)) from error
     return [outcomes[i] for i in range(len(runs))]
 
 

@@ -7,6 +7,7 @@ and every loss is divided by the total of the whole step, so neither packing nor
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -273,7 +274,7 @@ def _evaluate(run: Training) -> dict[str, float]:
 def _evaluate_and_judge(run: Training) -> bool:
     """Evaluate, remember and save the best; true when patience is over."""
     metrics, state = _evaluate(run), run.state
-    if state.best_loss is None or metrics["loss"] < state.best_loss:
+    if math.isfinite(metrics["loss"]) and (state.best_loss is None or metrics["loss"] < state.best_loss):
         state.best_step, state.best_loss, state.evaluations_without_gain = state.step, metrics["loss"], 0
         _try_checkpoint(run)
     else:

@@ -63,6 +63,7 @@ def read_layer(pieces: Pieces, settings: dict[str, Any], dtype: torch.dtype) -> 
     method = settings.get("quant_method")
     bias = pieces["bias"].to(dtype) if "bias" in pieces else None
     if method == "compressed-tensors":
+        _check_group_order(pieces.get("weight_g_idx"), pieces["weight_scale"].shape[1])
         words, scale = pieces["weight_packed"], pieces["weight_scale"]
         packed_zero = pieces.get("weight_zero_point")
         zero = torch.full_like(scale, 8, dtype=torch.uint8) if packed_zero is None else _values(packed_zero, 0)
@@ -71,7 +72,7 @@ def read_layer(pieces: Pieces, settings: dict[str, Any], dtype: torch.dtype) -> 
         words = pack(_columns(pieces["qweight"], order).t())
         scale, zero = pieces["scales"].t(), _columns(pieces["qzeros"], order).t()
     else:
-        _check_group_order(pieces)
+        _check_group_order(pieces.get("g_idx"), pieces["scales"].shape[0])
         words, scale = pieces["qweight"].t(), pieces["scales"].t()
         stored = _values(pieces["qzeros"], 1).t()
         zero = stored if settings.get("checkpoint_format") == "gptq_v2" else (stored + 1) & 15
@@ -109,10 +110,10 @@ def _values(words: Tensor, dim: int) -> Tensor:
     return torch.stack(slots, dim=dim + 1).flatten(dim, dim + 1)
 
 
-def _check_group_order(pieces: Pieces) -> None:
-    index, groups = pieces.get("g_idx"), pieces["scales"].shape[0]
-    if index is None:
+def _check_group_order(index: Tensor | None, groups: int) -> None:
+    """Raises ModelError. index: the group of each input, or -1 throughout where they are in order."""
+    if index is None or bool((index == -1).all()):
         return
     natural = torch.arange(len(index), device=index.device) // (len(index) // groups)
     if not torch.equal(index.long(), natural):
-        raise ModelError("these GPTQ weights were stored with desc_act, whose groups are not runs of inputs")
+        raise ModelError("these weights were stored in activation order, whose groups are not runs of inputs")

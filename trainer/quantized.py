@@ -81,6 +81,12 @@ def _fill_buffers(model: nn.Module, settings: Any, device: torch.device) -> None
     """What is computed and in no file: the frequencies of rotary embeddings."""
     for module in list(model.modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            fresh = type(module)(config=settings.get_text_config())
+            try:
+                fresh = type(module)(config=settings.get_text_config())
+            except TypeError as error:
+                raise ModelError(
+                    f"{type(module).__name__} computes values that only its own loading knows; "
+                    "train on the unquantized checkpoint"
+                ) from error
             for name, buffer in fresh.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))

@@ -17,6 +17,7 @@ import re
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class Plugin:
         self.name = name
         self._command = [sys.executable, "-m", "trainer.reward_worker", str(file), function]
         self._timeout_s = timeout_s
+        self._one_call = threading.Lock()  # answers sampled ahead and an evaluation may be scored at the same time
         self._process: subprocess.Popen[bytes] | None = None
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
@@ -97,7 +99,8 @@ class Plugin:
             "completions": [[{"role": "assistant", "content": answer.completion}] for answer in answers],
             "columns": columns,
         }
-        reply = self._call(json.dumps(call).encode() + b"\n")
+        with self._one_call:
+            reply = self._call(json.dumps(call).encode() + b"\n")
         if "error" in reply:
             raise RewardError(f"reward `{self.name}` failed: {reply['error']}")
         return _checked(self.name, reply.get("scores"), len(answers))
@@ -125,7 +128,8 @@ class Plugin:
                 ready = selector.select(max(0.0, deadline_s - time.monotonic()))
                 if not ready or len(received) > _MAX_ANSWER_BYTES:
                     self.close()
-                    raise RewardError(f"reward `{self.name}` gave no answer within {self._timeout_s:g} s; it was ended")
+                    fault = f"gave no answer within {self._timeout_s:g} s" if not ready else "answered far too much"
+                    raise RewardError(f"reward `{self.name}` {fault}; it was ended")
                 for key, _ in ready:
                     if key.fileobj is process.stdout:
                         data = os.read(process.stdout.fileno(), 1 << 16)

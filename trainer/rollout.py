@@ -31,6 +31,15 @@ from trainer.source import StepWork
 
 _MAX_REQUESTS = 256  # at a time; the engine batches them
 _STD_FLOOR = 1e-4
+# Engines apply the checkpoint's own settings where a request names none; log-probabilities come without them.
+_AS_TRAINED = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +161,7 @@ class Rollouts:
             settings = {
                 "tools": prompt.tools,
                 "temperature": temperature,
-                "top_p": 1.0,
+                **_AS_TRAINED,
                 "max_tokens": self._config.max_completion_tokens,
                 "seed": None if seed is None else seed + i,
                 "chat_template_kwargs": self._config.template_kwargs or None,

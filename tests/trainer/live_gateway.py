@@ -28,6 +28,7 @@ class LiveGateway:
         self.published: list[str] = []
         self.deleted: list[str] = []
         self.used: list[str] = []
+        self.asked: list[dict[str, Any]] = []
         self.refuse_next = 0  # requests to answer with 503
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -56,6 +57,7 @@ class LiveGateway:
         with self._lock:
             model = self._loaded[body["model"]]
             self.used.append(body["model"])
+            self.asked.append(body)
             ids = self.tokenizer.apply_chat_template(
                 body["messages"], add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )["input_ids"]

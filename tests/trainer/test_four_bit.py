@@ -84,5 +84,13 @@ def test_a_quantization_that_cannot_be_trained_on_is_refused(tmp_path: Path) -> 
     weights = load_file(packed / "model.safetensors")
     name = next(name for name in weights if name.endswith("g_idx"))
     save_file(weights | {name: weights[name].flip(0)}, packed / "model.safetensors")
-    with pytest.raises(ModelError, match="desc_act"):
+    with pytest.raises(ModelError, match="activation order"):
+        make_learner(packed)
+    packed, _ = make_pair(tmp_path / "other", "compressed-tensors")
+    weights = load_file(packed / "model.safetensors")
+    scale = next(name for name in weights if name.endswith("weight_scale"))
+    groups = weights[scale].shape[1]
+    order = torch.arange(groups * 32, dtype=torch.int32).flip(0) // 32
+    save_file(weights | {scale.replace("weight_scale", "weight_g_idx"): order}, packed / "model.safetensors")
+    with pytest.raises(ModelError, match="activation order"):
         make_learner(packed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def test_the_reward_rises(
     assert sum(rewards[-4:]) > sum(rewards[:4]) + (0.3 if ahead else 1.0), rewards
     evaluated = [event["reward"] for event in read_events(events) if event["type"] == "eval"]
     assert evaluated[-1] > max(0.7, evaluated[0])
+    # The checkpoint's own generation settings would sample from another distribution than the one that is trained.
+    assert all(body["top_k"] == -1 and body["repetition_penalty"] == 1.0 for body in gateway.asked)
     # Every answer came from the version that its step published; old versions and the name are gone.
     assert gateway.used[0] == "base" and set(gateway.used) - {"base"} <= set(gateway.published)
     assert gateway.deleted[-1] == "grpo-run"
@@ -128,6 +131,23 @@ def test_plugins_that_fail(plugin: Path, function: str, timeout_s: float, messag
     try:
         with pytest.raises(RewardError, match=message):
             reward.score(answers)
+    finally:
+        reward.close()
+
+
+def test_one_plugin_serves_two_threads(plugin: Path) -> None:
+    """Answers sampled ahead are scored beside an evaluation: each caller gets its own scores."""
+    reward = make_reward(f"{plugin}:letters", 60.0)
+    texts = ["abc", "123", "a1", ""]
+    wanted = {"wanted": "az"}
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            calls = [
+                threads.submit(reward.score, [Answer([{"role": "user", "content": "?"}], text, wanted)] * (i % 5 + 1))
+                for i, text in enumerate(texts * 5)
+            ]
+        expected = [[share] * (i % 5 + 1) for i, share in enumerate([1.0, 0.0, 0.5, 0.0] * 5)]
+        assert [call.result() for call in calls] == expected
     finally:
         reward.close()
 
