@@ -28,6 +28,7 @@ import httpx2
 from backends import lifeline
 from gateway.config import ConfigError, ServeConfig
 from gateway.control.running import Running, line
+from gateway.observe.cells import forget_surplus
 from gateway.preflight import check
 
 _RESTART_DELAYS_S = (0.1, 0.5, 1.0, 2.0, 5.0)  # the last one repeats
@@ -58,6 +59,7 @@ def serve(config: ServeConfig, source: Source) -> int:
     except OSError as error:
         raise ConfigError(f"cannot make --state {config.state_dir}: {error.strerror}") from error
     with _only_one(config.state_dir), _listen(config.host, config.port) as listener:
+        forget_surplus(run_dir, config.relays)
         return asyncio.run(_Gateway(config, source, run_dir, listener).run())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ def read_lines(files: Sequence[Path], digest: Any = None) -> Iterator[Line]:
                         digest.update(raw)
                     if text := raw.strip():
                         yield Line(file, number, text)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"cannot read {file}: {error}") from error
 
 

@@ -116,7 +116,7 @@ class Rollouts:
         assert self._evaluation is not None
         model = self._publish()
         examples = list(range(len(self._evaluation)))
-        rollouts = self._sample(self._evaluation, examples, model, count=1, temperature=0.0, seed=None)
+        rollouts = self._sample(self._evaluation, examples, model, count=1, temperature=0.0)
         described = describe(rollouts, [reward.name for reward in self._rewards])
         return {"loss": -described["reward"], **{key: value for key, value in described.items() if value is not None}}
 
@@ -136,10 +136,8 @@ class Rollouts:
 
     def _collect(self, step: int, model: str) -> list[Rollout]:
         config = self._config
-        seed = int(np.random.default_rng([config.seed, step]).integers(2**31 - config.group_size * config.batch_size))
-        rollouts = self._sample(
-            self._prompts, self._order.batch(step), model, count=config.group_size, temperature=1.0, seed=seed
-        )
+        examples = self._order.batch(step)
+        rollouts = self._sample(self._prompts, examples, model, count=config.group_size, temperature=1.0)
         groups = [rollouts[i : i + config.group_size] for i in range(0, len(rollouts), config.group_size)]
         return [rollout for group in groups for rollout in with_advantages(group, scale=config.scale_rewards)]
 
@@ -151,19 +149,17 @@ class Rollouts:
         *,
         count: int,
         temperature: float,
-        seed: int | None,
     ) -> list[Rollout]:
         """`count` answers to each prompt, side by side, scored; a prompt's answers are neighbours."""
         asked = [example for example in examples for _ in range(count)]
         futures = []
-        for i, example in enumerate(asked):
+        for example in asked:
             prompt = prompts.prompts[example]
             settings = {
                 "tools": prompt.tools,
                 "temperature": temperature,
                 **_AS_TRAINED,
                 "max_tokens": self._config.max_completion_tokens,
-                "seed": None if seed is None else seed + i,
                 "chat_template_kwargs": self._config.template_kwargs or None,
             }
             futures.append(self._requests.submit(self._gateway.sample, model, prompt.messages, **settings))

@@ -1,4 +1,4 @@
-"""The reward of the example: the right number and nothing else is worth 1, any bare number 0.3."""
+"""The reward of the example: half for the right number and nothing else, half by the share of digits in the answer."""
 
 from __future__ import annotations
 
@@ -8,5 +8,6 @@ from typing import Any
 def bare_sum(completions: list[Any], sum: list[int], **_: Any) -> list[float]:
     texts = [messages[-1]["content"].strip() for messages in completions]
     return [
-        1.0 if text == str(right) else 0.3 if text.isdigit() else 0.0 for text, right in zip(texts, sum, strict=True)
+        0.5 * (text == str(right)) + 0.5 * len([c for c in text if c.isdigit()]) / max(1, len(text))
+        for text, right in zip(texts, sum, strict=True)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -64,6 +65,7 @@ def _seconds(fields: dict[str, str]) -> int | None:
     given = fields.get(_SECONDS)
     if given is None:
         return None
-    if fields.get("expires_after[anchor]", "created_at") != "created_at" or not given.isdigit():
+    anchor = fields.get("expires_after[anchor]", "created_at")
+    if anchor != "created_at" or not re.fullmatch("[0-9]{1,18}", given):
         raise InvalidRequest("expires_after takes anchor='created_at' and seconds", param="expires_after")
     return int(given)

@@ -67,7 +67,7 @@ async def read_json(request: Request) -> Any:
             raise InvalidRequest(f"the body is over {_MAX_BODY_BYTES} bytes")
     try:
         return msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
 
-from gateway.api import adapters, admin, backend, errors, keys, metrics, models, residency, versions
+from gateway.api import adapters, admin, backend, bodies, errors, keys, metrics, models, residency, versions
 from gateway.api.document import Application
 from gateway.control.estate import Estate
 from gateway.control.service import Service
@@ -18,6 +18,7 @@ def create(service: Service, adapter_roots: Sequence[Path], estate: Estate, more
     # No automatic pages: what they load comes from elsewhere, and a redirect would lose a streamed body.
     app = Application(title="Tunegate", docs_url=None, redoc_url=None, redirect_slashes=False)
     errors.install(app)
+    app.add_middleware(bodies.LimitedBodies)
     app.include_router(models.routes(service))
     app.include_router(adapters.routes(service, adapter_roots))
     app.include_router(versions.routes(service))

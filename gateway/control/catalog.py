@@ -69,6 +69,11 @@ class Canary:
     last: Mapping[str, Any] = field(default_factory=dict)  # what the last look saw, for people
     reason: str = ""  # why it still runs
 
+    @property
+    def trial(self) -> tuple[object, ...]:
+        """What makes it this trial and no other; looks at it change the rest."""
+        return self.version, self.weight, self.policy, self.who, self.started_at
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -93,6 +98,11 @@ class Adapter:
     coming: Coming | None = None
     canary: Canary | None = None
     aliases: Mapping[str, int | None] = field(default_factory=dict)  # other names -> a version, None: the current one
+
+    @property
+    def routing(self) -> tuple[object, ...]:
+        """Where the name points, and the trial that runs."""
+        return self.current, self.canary.trial if self.canary is not None else None
 
     @property
     def newest(self) -> Version:

@@ -96,6 +96,7 @@ class Core:
         self._round = asyncio.Condition()
         self._begun, self._ended = 0, 0  # rounds of refreshing
         self._desired: tuple[str, ...] = ()
+        self._number: int | None = None  # of the next snapshot
         self._garbage = asyncio.Event()
         for id, host in setup.hosts:
             self.fleet.add(id, int(id.removeprefix("r")), host, setup.backend)
@@ -197,20 +198,21 @@ class Core:
                 _log.error("the registry cannot be written, trying again in %g s: %s", _STORE_RETRY_S, error)
                 asyncio.get_running_loop().call_later(_STORE_RETRY_S, self._changed)
             async with self._round:
-                self._ended = self._begun
                 self._round.notify_all()
 
     async def _refresh(self) -> None:
         loading = self.backend.capabilities.adapter_loading if self.backend is not None else None
         self.registry.at_start = loading is AdapterLoading.AT_START
-        current = self.publisher.current
+        if self._number is None:  # first: it is what can fail, and a difference is given out once
+            self._number = await self.registry.next_snapshot_version()
+        number, current = self._number, self.publisher.current
         if current is None and self._knows_itself():
-            whole = self._picture.whole(self._public)
-            number = await self.registry.next_snapshot_version()
-            await self.publisher.publish(msgspec.structs.replace(whole, version=number))
+            self._number = None
+            await self.publisher.publish(msgspec.structs.replace(self._picture.whole(self._public), version=number))
         elif current is not None and (delta := self._picture.change(self._public, current)) is not None:
-            number = await self.registry.next_snapshot_version()
+            self._number = None
             await self.publisher.change(msgspec.structs.replace(delta, version=number))
+        self._ended = self._begun
         self.residents.look()
         if self.registry.desired != self._desired:
             self._desired = self.registry.desired

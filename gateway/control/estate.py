@@ -34,12 +34,18 @@ class Estate:
         self.running = running
         self.lock = asyncio.Lock()
         self._make = make
+        self._leaving: set[str] = set()  # ids of replicas that drain to be stopped
         self._notebook = notebook
 
     @property
     def owned(self) -> bool:
         """Whether we start the engines."""
         return self._make is not None
+
+    @property
+    def staying(self) -> list[Replica]:
+        """The replicas that are not on their way out."""
+        return [replica for replica in self.core.replicas if replica.id not in self._leaving]
 
     async def add(self, config: ServeConfig, count: int, hidden: str | None = None) -> list[Replica]:
         """Start more replicas. hidden: the purpose for which they get no traffic. Raises CannotStart."""
@@ -54,10 +60,15 @@ class Estate:
 
     async def retire(self, replicas: Collection[Replica], purpose: str, limit_s: float) -> None:
         """Take replicas out of traffic, let what is in flight there finish for up to `limit_s`, and stop them."""
-        for replica in replicas:
-            replica.drain(purpose)
-        await self.core.published()
-        await asyncio.gather(*(self._stop(replica, limit_s) for replica in replicas))
+        ids = {replica.id for replica in replicas}
+        self._leaving |= ids
+        try:
+            for replica in replicas:
+                replica.drain(purpose)
+            await self.core.published()
+            await asyncio.gather(*(self._stop(replica, limit_s) for replica in replicas))
+        finally:
+            self._leaving -= ids
 
     async def ready(self, replicas: Collection[Replica], wanted: Collection[str], limit_s: float) -> None:
         """Until all of them answer and have the wanted adapters. Raises CannotStart with the reason."""

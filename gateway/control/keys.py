@@ -15,7 +15,7 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,6 +82,10 @@ class KeyRing:
                 await self.fold()
             except (StorageFull, SQLAlchemyError) as error:
                 _log.error("what keys used cannot be written, trying again in %g s: %s", _FOLD_EVERY_S, error)
+
+    def would_open(self, configured: Collection[str]) -> bool:
+        """Whether these keys of the configuration would open access that is closed now, to everybody."""
+        return bool(self.published) and not configured and not self._keys
 
     def configure(self, configured: Iterable[str]) -> None:
         """Replace the keys of the configuration."""
@@ -190,7 +194,8 @@ class KeyRing:
         entries = dict(self._configured)
         for key in self._keys.values():
             entries |= _entries(key)
-        by_id = {entry.id: entry for entry in entries.values()}
+        by_id = {entry.id: entry for entry in self._configured.values()}
+        by_id |= {key.id: entries[key.digest] for key in self._keys.values()}  # not the one before, which ends
         entries |= {own: by_id[id] for own, id in self._lent.items() if id in by_id}
         if entries != self.published:
             self.published = entries

@@ -18,6 +18,7 @@ _log = logging.getLogger(__name__)
 _SEND_LIMIT_S = 10.0  # for a relay to take what is sent; then its connection is dropped, and it comes back
 _KEPT_CHANGES = 512  # a relay that is further behind gets the whole picture again
 _KEPT_BYTES = 4_000_000  # of changes
+_LINE_LIMIT_BYTES = 1_000_000  # of what a relay says
 _ASKED_AHEAD = 10_000  # answers kept for one relay that does not read
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(FromRelay).decode
@@ -62,7 +63,7 @@ class Publisher:
         self._path.unlink(missing_ok=True)
         mask = os.umask(0o177)
         try:
-            self._server = await asyncio.start_unix_server(self._serve, self._path)
+            self._server = await asyncio.start_unix_server(self._serve, self._path, limit=_LINE_LIMIT_BYTES)
         finally:
             os.umask(mask)
 

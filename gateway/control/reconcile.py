@@ -217,7 +217,8 @@ class Reconciler:
                 refusals[content_id] = self._refusal(refusals.get(content_id))
                 self._residents.refused(replica, content_id, str(error))
         except EngineBusy as error:
-            self._deaths[content_id] -= 1
+            if unproven:
+                self._deaths[content_id] -= 1
             replica.set_adapter(content_id, AdapterState.VERIFYING, str(error))
             refusals[content_id] = self._refusal(refusals.get(content_id))
         except EngineUnreachable as error:

@@ -129,12 +129,6 @@ class Registry:
                 if cause is not None:
                     await self.aim(version, cause)
                 return self.adapters[name].versions[version.version], again
-        try:
-            self.check_room(name)
-        except Conflict:
-            self._left = True
-            self._on_change()  # so that they are collected
-            raise
         new = NewVersion(
             content_id=stored.content_id,
             sha256=stored.sha256,
@@ -144,7 +138,13 @@ class Registry:
             size_bytes=stored.size_bytes,
             metadata=accepted.metadata,
         )
-        await self._write(name, functools.partial(self._store.add_version, name, new, cause))
+        try:
+            self.check_room(name)
+            await self._write(name, functools.partial(self._store.add_version, name, new, cause))
+        except Conflict:
+            self._left = True
+            self._on_change()  # so that they are collected
+            raise
         return self.adapters[name].newest, True
 
     async def prove(self, content_id: str) -> None:
@@ -162,17 +162,26 @@ class Registry:
         if adapter.current != version.version or adapter.coming is not None:
             await self._write(version.name, functools.partial(self._store.set_coming, version, cause))
 
-    async def promote(self, version: Version, cause: Cause, figures: Mapping[str, Any] | None = None) -> None:
-        """Point the name to this version, which ends its canary. figures: what decided."""
-        await self._write(version.name, functools.partial(self._store.set_current, version, cause, figures))
+    async def promote(
+        self,
+        version: Version,
+        cause: Cause,
+        figures: Mapping[str, Any] | None = None,
+        seen: Adapter | None = None,
+    ) -> None:
+        """Point the name to this version, which ends its canary. figures: what decided.
 
-    async def set_canary(self, name: str, canary: Canary | None, event: Event | None = None) -> None:
-        """Start, change or end a canary, and record it."""
-        await self._write(name, functools.partial(self._store.set_canary, name, canary, event))
+        seen: what the decision rests on; raises Conflict where it changed meanwhile.
+        """
+        await self._write(version.name, functools.partial(self._store.set_current, version, cause, figures, seen))
+
+    async def set_canary(self, seen: Adapter, canary: Canary | None, event: Event | None = None) -> None:
+        """Start, change or end a canary, and record it. Raises Conflict where `seen` was routed otherwise meanwhile."""
+        await self._write(seen.name, functools.partial(self._store.set_canary, seen.name, canary, event, seen))
 
     async def set_alias(self, alias: str, name: str, number: int | None) -> None:
-        """Make another name for an adapter, or for one of its versions."""
-        await self._write(name, functools.partial(self._store.set_alias, alias, name, number))
+        """Make another name for an adapter, or for one of its versions. Raises NotFound, Conflict."""
+        await asyncio.shield(self._write_all(functools.partial(self._store.set_alias, alias, name, number)))
 
     async def delete_alias(self, alias: str) -> None:
         """Forget an alias."""
@@ -228,12 +237,12 @@ class Registry:
     async def _write(self, name: str, change: Callable[[], Adapter | None]) -> None:
         """Change the store, then what is seen: `change` returns what the adapter is from now on."""
         # Shielded: a caller that is cancelled must not leave the store ahead of the catalogue.
-        await asyncio.shield(self._write_one(name, change))
+        await asyncio.shield(self._write_all(lambda: {name: change()}))
 
-    async def _write_one(self, name: str, change: Callable[[], Adapter | None]) -> None:
+    async def _write_all(self, change: Callable[[], Mapping[str, Adapter | None]]) -> None:
         async with self._write_lock:
-            adapter = await asyncio.to_thread(change)
-            self._put(name, adapter)
+            for name, adapter in (await asyncio.to_thread(change)).items():
+                self._put(name, adapter)
             self._changed()
 
     def _put(self, name: str, adapter: Adapter | None) -> None:

@@ -66,11 +66,17 @@ class Reload:
                 "engine",
                 code="restart_needed",
             )
+        if self._estate.core.keys.would_open(declared.api_key):
+            raise InvalidRequest(
+                "nothing was changed: without api_key, and with no stored key, access would be open to everybody; put "
+                "a key back, make one with `gateway keys create`, or restart to open access",
+                param="api_key",
+            )
         return declared
 
     async def _apply(self, config: ServeConfig) -> None:
         core = self._estate.core
-        more = config.replicas - len(core.replicas) if self._estate.owned else 0
+        more = config.replicas - len(self._estate.staying) if self._estate.owned else 0
         if more > 0:
             try:
                 await self._estate.add(config, more)  # first: it is all that can fail
@@ -79,14 +85,14 @@ class Reload:
         core.configure(limits_of(config))
         core.keys.configure(config.api_key)
         if more < 0:
-            leaving = core.replicas[more:]
+            leaving = self._estate.staying[more:]
             task = asyncio.create_task(self._estate.retire(leaving, _PURPOSE, config.drain_timeout_s))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
         await core.published()
 
     def _staying(self, config: ServeConfig) -> list[Any]:
-        return self._estate.core.replicas[: config.replicas] if self._estate.owned else []
+        return self._estate.staying[: config.replicas] if self._estate.owned else []
 
 
 def changed(before: ServeConfig, after: ServeConfig) -> set[str]:

@@ -16,7 +16,7 @@ from gateway.control.canary import Action, Arm, Times, Verdict, decide
 from gateway.control.catalog import Adapter, Canary, Cause, Event, Version
 from gateway.control.registry import Registry
 from gateway.control.score import ScoreCommand, ScoreFailed
-from gateway.errors import StorageFull
+from gateway.errors import Conflict, StorageFull
 from gateway.observe import series
 from gateway.observe.exposition import sum_relays
 
@@ -80,8 +80,9 @@ class Rollouts:
                 if not self._can_take_over(adapter.versions[canary.version]):
                     return  # the same look is made again when every replica has it
                 verdict = await self._ask_for_score(adapter, canary, verdict)
-            if self._still(adapter, canary):
-                await self._act(adapter, canary, verdict)
+            await self._act(adapter, canary, verdict)
+        except Conflict as change:
+            _log.info("what was judged of the canary of %s is void: %s", adapter.name, change)
         except (StorageFull, SQLAlchemyError, OSError) as error:
             _log.error("the canary of %s cannot be judged, trying again: %s", adapter.name, error)
 
@@ -103,19 +104,14 @@ class Rollouts:
         cause = Cause(WHO, verdict.reason)
         if verdict.action is Action.WATCH:
             seen = replace(canary, looks=verdict.look, last=verdict.figures, reason=verdict.reason)
-            await self._registry.set_canary(adapter.name, seen)
+            await self._registry.set_canary(adapter, seen)
             return
         _log.info("canary %s: %s: %s", pinned(adapter.name, canary.version), verdict.action, verdict.reason)
         if verdict.action is Action.PROMOTE:
-            await self._registry.promote(adapter.versions[canary.version], cause, verdict.figures)
+            await self._registry.promote(adapter.versions[canary.version], cause, verdict.figures, adapter)
             return
         ended = Event("canary ended", canary.version, adapter.current or 0, cause, 0, verdict.figures)
-        await self._registry.set_canary(adapter.name, None, ended)
-
-    def _still(self, adapter: Adapter, canary: Canary) -> bool:
-        """Whether what was judged is what is there now."""
-        now = self._registry.adapters.get(adapter.name)
-        return now is not None and (now.current, now.canary) == (adapter.current, canary)
+        await self._registry.set_canary(adapter, None, ended)
 
 
 def _counts(totals: Mapping[str, Mapping[tuple[str, ...], list[int]]], label: str) -> Counts:

@@ -132,7 +132,10 @@ class Service:
                 raise InvalidRequest(f"{name!r} is an alias of {version.name!r}; {route} forgets it")
             await self.versions.delete(version)
             return
+        aliases = self.core.registry.adapters[name].aliases
         await self.core.registry.delete(name)
+        for pin in [pin for pin in self.core.pins.all if pin in aliases or parse_reference(pin)[0] == name]:
+            await self.core.pins.drop(pin)
         await self.core.published()
 
     def models(self) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,8 +31,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 
 from gateway.config import ConfigError
 from gateway.control.catalog import NO_CAUSE, Adapter, Canary, Cause, Coming, Event, Version, VersionState
-from gateway.errors import StorageFull
+from gateway.errors import Conflict, NotFound, StorageFull
 
+_log = logging.getLogger(__name__)
 _BUSY_TIMEOUT_S = 30
 _SNAPSHOT = "snapshot"
 
@@ -151,12 +153,15 @@ class Store:
     def add_version(self, name: str, new: NewVersion, cause: Cause | None = None) -> Adapter:
         """Register a version, the adapter with it when the name is new.
 
-        cause: of the pointer's move to it, once every replica has it; None leaves the pointer where it is.
+        cause: of the pointer's move to it, once every replica has it; None leaves the pointer where it is. Raises
+        Conflict where the name is an alias.
         """
         now = int(time.time())
         with self._session() as session:
             row = session.get(_AdapterRow, name)
             if row is None:
+                if session.get(_AliasRow, name) is not None:
+                    raise Conflict(f"{name!r} has become an alias meanwhile; delete the alias first", code="name_taken")
                 row = _AdapterRow(
                     name=name, current_version=None, last_version=0, created_at=now, versions=[], aliases=[]
                 )
@@ -201,13 +206,21 @@ class Store:
             return _adapter(row)
 
     def set_current(
-        self, version: Version, cause: Cause = NO_CAUSE, figures: Mapping[str, Any] | None = None
+        self,
+        version: Version,
+        cause: Cause = NO_CAUSE,
+        figures: Mapping[str, Any] | None = None,
+        seen: Adapter | None = None,
     ) -> Adapter | None:
-        """Point the name to this version and end its canary. figures: what decided. None: the adapter is gone."""
+        """Point the name to this version and end its canary. figures: what decided. None: the adapter is gone.
+
+        seen: what the decision rests on; raises Conflict where the name is routed otherwise by now.
+        """
         with self._session() as session:
             row = session.get(_AdapterRow, version.name)
             if row is None or session.get(_VersionRow, (version.name, version.version)) is None:
                 return None if row is None else _adapter(row)
+            _check_unmoved(row, seen)
             if row.current_version != version.version:
                 event = Event("moved", row.current_version, version.version, cause, 0, figures)
                 session.add(_event(version.name, event))
@@ -216,29 +229,49 @@ class Store:
             session.flush()
             return _adapter(row)
 
-    def set_canary(self, name: str, canary: Canary | None, event: Event | None = None) -> Adapter | None:
-        """Start, change or end a canary, and record why; None when the adapter is gone."""
+    def set_canary(
+        self, name: str, canary: Canary | None, event: Event | None = None, seen: Adapter | None = None
+    ) -> Adapter | None:
+        """Start, change or end a canary, and record why; None when the adapter is gone.
+
+        seen: what the decision rests on; raises Conflict where the name is routed otherwise by now, or where the
+        canary's version is gone or what the name points to.
+        """
         with self._session() as session:
             row = session.get(_AdapterRow, name)
             if row is None:
                 return None
+            _check_unmoved(row, seen)
+            if canary is not None and not _can_try(row, canary.version):
+                raise Conflict(f"{name}@v{canary.version} was deleted or promoted meanwhile; look at {name!r} again")
             row.canary = None if canary is None else msgspec.to_builtins(canary)
             if event is not None:
                 session.add(_event(name, event))
             session.flush()
             return _adapter(row)
 
-    def set_alias(self, alias: str, name: str, version: int | None) -> Adapter | None:
-        """Make another name for an adapter or one of its versions; None when it is gone."""
+    def set_alias(self, alias: str, name: str, version: int | None) -> dict[str, Adapter]:
+        """Make another name for an adapter or one of its versions, taking it from the adapter that had it.
+
+        Returns the adapters that changed, the one that has it now last. Raises NotFound where the adapter or version is
+        gone, Conflict where an adapter has that name.
+        """
         with self._session() as session:
             row = session.get(_AdapterRow, name)
-            if row is None:
-                return None
-            row.aliases = [kept for kept in row.aliases if kept.alias != alias]
-            session.flush()
+            if row is None or not (version is None or _has(row, version)):
+                gone = name if version is None else f"{name}@v{version}"
+                raise NotFound(f"{gone} was deleted meanwhile; GET /v1/adapters lists what is there", param="version")
+            if session.get(_AdapterRow, alias) is not None:
+                raise Conflict(f"{alias!r} is an adapter; choose another name", code="name_taken")
+            taken = session.get(_AliasRow, alias)
+            owner = session.get(_AdapterRow, taken.adapter_name) if taken is not None else None
+            if owner is not None:
+                owner.aliases = [kept for kept in owner.aliases if kept.alias != alias]
+                session.flush()
             row.aliases.append(_AliasRow(alias=alias, version=version))
             session.flush()
-            return _adapter(row)
+            before = {owner.name: _adapter(owner)} if owner is not None and owner is not row else {}
+            return before | {name: _adapter(row)}
 
     def delete_alias(self, alias: str, name: str) -> Adapter | None:
         """Forget an alias of an adapter; unknown ones are fine. Returns the adapter, None when it is gone."""
@@ -344,15 +377,37 @@ def _full_disk_is_an_error() -> Iterator[None]:
         raise StorageFull("the registry's disk is full; nothing was kept. Free space and try again") from error
 
 
+def _has(row: _AdapterRow, number: int) -> bool:
+    return any(version.version == number for version in row.versions)
+
+
+def _can_try(row: _AdapterRow, number: int) -> bool:
+    return _has(row, number) and number != row.current_version
+
+
+def _check_unmoved(row: _AdapterRow, seen: Adapter | None) -> None:
+    if seen is not None and _adapter(row).routing != seen.routing:
+        raise Conflict(f"{row.name!r} was promoted, rolled back or given another canary meanwhile; look at it again")
+
+
 def _adapter(row: _AdapterRow) -> Adapter:
+    # What names no version is left out: every reader goes by these, and a row must not be able to stop control.
+    canary = msgspec.convert(row.canary, Canary) if row.canary is not None else None
+    if canary is not None and not _can_try(row, canary.version):
+        _log.error("the canary of %s is ignored: v%d is gone, or what the name points to", row.name, canary.version)
+        canary = None
+    aliases = {alias.alias: alias.version for alias in row.aliases if alias.version is None or _has(row, alias.version)}
+    if len(aliases) < len(row.aliases):
+        lost = ", ".join(alias.alias for alias in row.aliases if alias.alias not in aliases)
+        _log.error("aliases of %s are ignored, their versions are gone: %s", row.name, lost)
     return Adapter(
         name=row.name,
         current=row.current_version,
         versions={version.version: _version(version) for version in row.versions},
         previous=row.previous_version,
         coming=msgspec.convert(row.coming, Coming) if row.coming is not None else None,
-        canary=msgspec.convert(row.canary, Canary) if row.canary is not None else None,
-        aliases={alias.alias: alias.version for alias in row.aliases},
+        canary=canary,
+        aliases=aliases,
     )
 
 

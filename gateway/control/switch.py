@@ -89,14 +89,14 @@ class Switch:
                 progress.ended_at = time.time()
 
     async def _beside(self, config: ServeConfig, progress: _Progress) -> None:
-        estate, old = self._estate, list(self._estate.core.replicas)
+        estate, old = self._estate, self._estate.staying
         new = await self._start(config, len(old), loaded(old, estate.core.registry.desired))
         self._shift(config, new)
         progress.phase = "draining"
         await estate.retire(old, _PURPOSE, config.drain_timeout_s)
 
     async def _replace(self, config: ServeConfig, progress: _Progress) -> None:
-        estate, old = self._estate, list(self._estate.core.replicas)
+        estate, old = self._estate, self._estate.staying
         before, wanted = estate.running.config, loaded(old, estate.core.registry.desired)
         progress.phase = "draining"
         await estate.retire(old, _PURPOSE, config.drain_timeout_s)
@@ -104,7 +104,7 @@ class Switch:
         try:
             self._shift(config, await self._start(config, len(old), wanted))
         except CannotStart as error:
-            await estate.add(before, len(old))
+            estate.note(estate.running, await estate.add(before, len(old)))
             raise CannotStart(f"{error}; {before.backend} is started again") from error
 
     async def _start(self, config: ServeConfig, count: int, wanted: frozenset[str]) -> list[Replica]:

@@ -79,7 +79,7 @@ class Versions:
         again = adapter.canary is not None and adapter.canary.version == number
         kind = "canary changed" if again else "canary started"
         event = Event(kind, adapter.current, number, Cause(who, f"{weight:g} % of the requests"))
-        await self._registry.set_canary(name, canary, event)
+        await self._registry.set_canary(adapter, canary, event)
         await self._core.published()
 
     async def delete(self, version: Version) -> None:
@@ -110,8 +110,6 @@ class Versions:
         adapter = self.adapter(name)
         if number is not None:
             _version(adapter, number)
-        if self._registry.aliases.get(alias, name) != name:
-            await self._registry.delete_alias(alias)
         await self._registry.set_alias(alias, name, number)
         await self._core.published()
 
@@ -149,7 +147,7 @@ class Versions:
         assert adapter.current is not None, "a canary has a baseline"
         verdict = await self._core.rollouts.verdict(adapter, replace(canary, looks=0))
         ended = Event("canary ended", canary.version, adapter.current, cause, 0, verdict.figures)
-        await self._registry.set_canary(adapter.name, None, ended)
+        await self._registry.set_canary(adapter, None, ended)
         await self._core.published()
 
 

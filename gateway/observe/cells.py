@@ -213,6 +213,17 @@ def read_series(path: Path) -> Iterator[tuple[Metric, dict[str, str], memoryview
             yield metric, series.labels, values[series.cell : series.cell + metric.cells]
 
 
+def forget_surplus(run_dir: Path, relays: int) -> None:
+    """Nothing is in flight at relays of an earlier run with more of them, whatever they left; their counts stay.
+
+    relays: how many run now. Raises OSError, CellsFull.
+    """
+    running = {f"relay-{index}.cells" for index in range(relays)}
+    for path in run_dir.glob("relay-*.cells"):
+        if path.name not in running:
+            Cells(path).close()
+
+
 class InFlight:
     """What all relays have in flight, for control: a few bytes of each relay's file, read when asked."""
 

@@ -8,6 +8,7 @@ a relay that starts again goes on where it was. What is in flight starts from ze
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import zlib
@@ -39,22 +40,31 @@ class Usage:
         self.cells = _map_own(path)
         self.peers: list[memoryview] = []  # every other relay's rows, those of relays that no longer run too
         self.live_peers: list[memoryview] = []
+        self._heads: list[memoryview] = []  # of the peers, in their order
         self._found: set[Path] = set()
         self.find()
 
     def close(self) -> None:
         """Let go of the mapping; what was counted stays in the file."""
-        for cells in (self.cells, *self.peers):
+        for cells in (self.cells, *self.peers, *self._heads):
             cells.release()
 
     def find(self) -> None:
         """Map the files that have come to exist since. Called about once a second."""
         for path in self._path.parent.glob("relay-*.usage"):
-            if path != self._path and path not in self._found and (cells := _map(path)) is not None:
+            if path != self._path and path not in self._found and (mapped := _map(path)) is not None:
+                head, cells = mapped
                 self._found.add(path)
                 self.peers.append(cells)
+                self._heads.append(head)
                 if path in self._live:
                     self.live_peers.append(cells)
+
+    def due_us(self, cell: int) -> int:
+        """The latest of the due times in a cell. Those of another boot are of another clock."""
+        boot = _boot()
+        others = (cells[cell] for head, cells in zip(self._heads, self.peers, strict=True) if head[_BOOT] == boot)
+        return max(self.cells[cell], *others, 0)
 
     def claim(self, row: int, key_id: str) -> None:
         """Begin to write a row for a key; what an earlier key of this row left in flight or due is not this one's."""
@@ -68,7 +78,8 @@ class Usage:
 
 def totals(run_dir: Path, rows: Collection[int]) -> dict[int, tuple[int, int]]:
     """row -> (requests, tokens), added over all relays' files, those of relays that no longer run too."""
-    files = [cells for path in run_dir.glob("relay-*.usage") if (cells := _map(path)) is not None]
+    mapped = [file for path in run_dir.glob("relay-*.usage") if (file := _map(path)) is not None]
+    files = [cells for _, cells in mapped]
     try:
         return {
             row: (
@@ -78,7 +89,8 @@ def totals(run_dir: Path, rows: Collection[int]) -> dict[int, tuple[int, int]]:
             for row in rows
         }
     finally:
-        for cells in files:
+        for head, cells in mapped:
+            head.release()
             cells.release()
 
 
@@ -90,7 +102,7 @@ def _map_own(path: Path) -> memoryview:
         cells = memoryview(mmap.mmap(fd, _FILE_BYTES)).cast("q")
     finally:
         os.close(fd)
-    boot = zlib.crc32(Path("/proc/sys/kernel/random/boot_id").read_bytes())
+    boot = _boot()
     rows = cells[_HEADER_CELLS:]
     if cells[0] != MAGIC:
         rows[:] = memoryview(bytes(len(rows) * _CELL_BYTES)).cast("q")
@@ -103,11 +115,17 @@ def _map_own(path: Path) -> memoryview:
     return rows
 
 
-def _map(path: Path) -> memoryview | None:
-    """The rows of another process's file, for reading; None while it is being made."""
+@functools.cache
+def _boot() -> int:
+    """This boot of the machine."""
+    return zlib.crc32(Path("/proc/sys/kernel/random/boot_id").read_bytes())
+
+
+def _map(path: Path) -> tuple[memoryview, memoryview] | None:
+    """The header and the rows of another process's file, for reading; None while it is being made."""
     try:
         with path.open("rb") as file:
             cells = memoryview(mmap.mmap(file.fileno(), _FILE_BYTES, prot=mmap.PROT_READ)).cast("q")
     except (FileNotFoundError, ValueError):
         return None
-    return cells[_HEADER_CELLS:] if cells[0] == MAGIC else None
+    return (cells[:_HEADER_CELLS], cells[_HEADER_CELLS:]) if cells[0] == MAGIC else None

@@ -77,6 +77,7 @@ async def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
         informed.set()
 
     following = loop.create_task(link.follow(apply, app.not_loaded))
+    following.add_done_callback(lambda _: stopping.set())  # deaf to control: better started anew
     gc.collect()
     gc.freeze()  # what is here stays: no collection needs to look at it again
     # Connections wait in the socket's queue, or go to another relay, rather than meet one that knows no models.
@@ -87,9 +88,10 @@ async def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
     app.draining = True
     await server.settle(args.settle_s)
     await server.drain(args.drain_timeout_s)
-    following.cancel()
     meter.tick()
     log.flush()
+    if not following.cancel():
+        following.result()  # raises what ended it
 
 
 def _every_second(loop: asyncio.AbstractEventLoop, calls: tuple[Callable[[], None], ...]) -> None:

@@ -222,15 +222,18 @@ class Meter:
         prompt_tokens: int | None,
         completion_tokens: int | None,
         first_s: float,
+        estimated_tokens: int = 0,
     ) -> None:
         """A request for a model that exists: names that do not must never come here.
 
         label: of the model. first_s: when its first event came (monotonic), 0 if none did.
+        estimated_tokens: of the prompt, charged where the engine did not say how many it had.
         """
         now_s = time.monotonic()
         duration_s = now_s - request.started_s
         if request.account is not None:
-            request.account.leave((prompt_tokens or 0) + (completion_tokens or 0))
+            prompt = prompt_tokens if prompt_tokens is not None else estimated_tokens
+            request.account.leave(prompt + (completion_tokens or 0))
         values = self._values
         model = self._model(label)
         cell = model.requests.get((route, status))

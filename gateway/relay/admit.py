@@ -27,6 +27,7 @@ from gateway.relay.account import Meter
 from gateway.relay.fair import FairQueue, Ticket
 from gateway.relay.http import Request
 from gateway.relay.route import Candidate, Engine
+from gateway.relay.waiters import Breakable, tell
 
 BATCH_PRIORITY = -1_000_000  # below every key's
 RESUME_PRIORITY = 1_000_000  # a stream that has begun and lost its engine
@@ -35,8 +36,9 @@ _EXACT_BELOW = 64
 _WAITING_BYTES = 64_000_000  # of request bodies, a relay
 _RATE_S = 5.0  # over which the service rate is taken
 _RETRY_AFTER_MS = (250, 60_000)  # the least and the most that a client is told
-_BYTES_A_TOKEN = 4
+BYTES_A_TOKEN = 4
 _ANSWER_TOKENS = 256  # where a request does not say
+_MOST_ANSWER_TOKENS = 1_000_000  # that are believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Room:
     max_wait_s: float
 
 
-class Waiter(Protocol):
+class Waiter(Breakable, Protocol):
     """A request that may have to wait."""
 
     def fitting(self) -> Sequence[Candidate]:
@@ -147,7 +149,7 @@ class Admission:
                 now_s = time.monotonic()
                 self._rate.served(now_s)
                 self._meter.waited(now_s - ticket.since_s)
-                ticket.waiter.admitted(self._found)
+                tell(ticket.waiter, ticket.waiter.admitted, self._found)
         finally:
             self._pumping = False
         self._say_waiting()
@@ -160,14 +162,15 @@ class Admission:
             now_s = time.monotonic()
             for ticket in [ticket for ticket in self._queue if ticket.deadline_s <= now_s]:
                 self._queue.remove(ticket)
-                ticket.waiter.turned_away(self._refusal("expired", now_s - ticket.since_s, 0.0))
+                refusal = self._refusal("expired", now_s - ticket.since_s, 0.0)
+                tell(ticket.waiter, ticket.waiter.turned_away, refusal)
             self.pump()  # a replica may be avoided no longer
 
     def reroute(self) -> None:
         """The routes have changed."""
         if self.waiting:
             for ticket in list(self._queue):
-                ticket.waiter.rerouted()
+                tell(ticket.waiter, ticket.waiter.rerouted)
             self.pump()
 
     def _fits(self, ticket: Ticket) -> bool:
@@ -191,14 +194,18 @@ class Admission:
             wait_s = (queue.ahead(ticket.key, ticket.priority) + 1) / max(rate, 1e-9)
             if wait_s > left_s:
                 raise self._refusal("too_late", wait_s, left_s)
-        if queue.waiting < self._room.max_waiting and queue.bytes + ticket.bytes <= _WAITING_BYTES:
-            return
-        other = queue.yielding(ticket.key, ticket.priority)
         wait_s = queue.waiting / rate if rate else 1.0
-        if other is None:
-            raise self._refusal("full", wait_s, 0.0)
-        queue.remove(other)
-        other.waiter.turned_away(self._refusal("yielded", wait_s, 0.0))
+        yielding: list[Ticket] = []
+        while queue.waiting >= self._room.max_waiting or queue.bytes + ticket.bytes > _WAITING_BYTES:
+            other = queue.yielding(ticket.key, ticket.priority)
+            if other is None:
+                for kept in reversed(yielding):  # in vain: back to their places, which were the last ones
+                    queue.add(kept)
+                raise self._refusal("full", wait_s, 0.0)
+            queue.remove(other)
+            yielding.append(other)
+        for other in yielding:
+            tell(other.waiter, other.waiter.turned_away, self._refusal("yielded", wait_s, 0.0))
 
     def _refusal(self, reason: str, wait_s: float, left_s: float) -> GatewayError:
         self._meter.count(series.REFUSALS, reason)
@@ -238,15 +245,22 @@ def ticket_for(waiter: Waiter, request: Request, adapter: str | None, body: byte
     priority = account.key.priority if account is not None else 0
     if request.headers.get(b"x-priority", b"").lower() == b"batch":
         priority = BATCH_PRIORITY
-    size = _decode_size(body)
-    tokens = size.max_completion_tokens or size.max_tokens
-    answer_tokens = tokens if isinstance(tokens, int) and tokens > 0 else _ANSWER_TOKENS
     read_s = seconds(request.headers.get(b"x-stainless-read-timeout"))
     deadline_s = now_s + max_wait_s
     if read_s is not None:
         deadline_s = min(deadline_s, request.started_s + read_s)
-    cost = len(body) / _BYTES_A_TOKEN + answer_tokens
+    cost = len(body) / BYTES_A_TOKEN + _answer_tokens(body)
     return Ticket(waiter, request.key_id, adapter, priority, cost, len(body), now_s, deadline_s)
+
+
+def _answer_tokens(body: bytes) -> int:
+    """How many tokens the answer may have; an estimate where the body does not say so in a way that can be read."""
+    try:
+        size = _decode_size(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return _ANSWER_TOKENS  # the engine will refuse it
+    tokens = size.max_completion_tokens or size.max_tokens
+    return min(tokens, _MOST_ANSWER_TOKENS) if isinstance(tokens, int) and tokens > 0 else _ANSWER_TOKENS
 
 
 def seconds(header: bytes | None, unit: float = 1.0) -> float | None:

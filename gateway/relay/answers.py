@@ -28,6 +28,7 @@ _VALIDATION = re.compile(  # pydantic's faults as engines print them: Python dic
 _NAME = re.compile(r"[a-z_][a-z_0-9]*|\d+").fullmatch  # a field or an index; else a type that pydantic tried
 _FAULTS_SHOWN = 3
 _LOST_ADAPTER = re.compile(r"never been loaded|not been loaded|has been unloaded", re.IGNORECASE)
+_LOST_MODEL = re.compile(r"\b(?:model|adapter|lora)\b.*(?:does not exist|not found)", re.IGNORECASE)
 
 
 class Usage(msgspec.Struct, gc=False):
@@ -87,8 +88,11 @@ def engine_error(status: int, body: bytes, path: bytes, public: str, candidate: 
         return NotFound(
             f"{path.decode()} is not served for `{public}`: its engine ({candidate.engine.backend}) has none."
         )
-    if status == 404 or (status == 400 and _LOST_ADAPTER.search(message)):
+    lost = _LOST_ADAPTER.search(message) or (status == 404 and _LOST_MODEL.search(message))
+    if lost and status in (400, 404):
         return Unavailable(f"An engine does not have `{public}` at the moment. Try again in a moment.")
+    if status == 404:
+        return NotFound(shown, param=param, code=code)
     if status == 413:
         return PayloadTooLarge(shown, param=param, code=code)
     if status == 429:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 IDLE_LIMIT_S = 75  # a connection without a request, or whose request makes no progress, is closed after this
 _LINGER_S = 30  # how long the rest of a refused body is read, so that the client sees the refusal
 _HEAD_LIMIT_BYTES = 65_536
+_TAIL_LIMIT_BYTES = 65_536  # received within a body without a piece of it: trailers, or a chunk's extensions
+_UNREAD_LIMIT_BYTES = 65_536  # of a body that is read for nothing, to keep the connection
 _PIPELINED_LIMIT_BYTES = 1_000_000  # of their bodies
 _PIPELINED_LIMIT = 16  # requests a client may send ahead of their answers
 
@@ -68,6 +70,7 @@ class ClientConnection(asyncio.Protocol):
         self._target = b""
         self._headers: dict[bytes, bytes] = {}
         self._head_bytes = 0  # received since the last complete message, at most
+        self._tail_bytes = 0  # received since the last piece of its body, at most
         self._incoming: Request | None = None  # the message being parsed
         self._serving: Request | None = None  # the one being answered
         self._handler: Handler | None = None
@@ -94,8 +97,10 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._incoming is None:
             self._head_bytes += len(data)
-        elif not self._closing:  # a refused body has its time to end, however it trickles
-            self._still_s = 0
+        else:
+            self._tail_bytes += len(data)
+            if not self._closing:  # a refused body has its time to end, however it trickles
+                self._still_s = 0
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -108,6 +113,9 @@ class ClientConnection(asyncio.Protocol):
             return
         if self._incoming is None and self._head_bytes > _HEAD_LIMIT_BYTES:
             self._refuse(f"The request's head is larger than {_HEAD_LIMIT_BYTES} bytes.")
+            return
+        if self._incoming is not None and self._tail_bytes > _TAIL_LIMIT_BYTES:
+            self._transport.close()
             return
         serving = self._serving
         if serving is not None and serving.pieces and self._handler is not None:
@@ -138,6 +146,7 @@ class ClientConnection(asyncio.Protocol):
         request = Request(parser.get_method(), self._target, self._headers, keep_alive and not self._server.draining)
         self._target, self._headers, self._head_bytes = b"", {}, 0
         self._incoming = request
+        self._tail_bytes = 0
         if self._serving is None:
             self._begin(request)
         else:
@@ -146,6 +155,7 @@ class ClientConnection(asyncio.Protocol):
                 self._transport.pause_reading()
 
     def on_body(self, piece: bytes) -> None:
+        self._tail_bytes = 0
         request = self._incoming
         if request is self._serving or request in self._waiting:
             assert request is not None
@@ -187,6 +197,8 @@ class ClientConnection(asyncio.Protocol):
         """The whole answer in one write. headers: complete lines."""
         request = self._serving
         assert request is not None
+        if request is self._incoming and _is_long(request):
+            request.keep_alive = False  # the rest is not worth reading
         self._send(
             b"%b%bcontent-length: %d\r\nx-request-id: %b\r\n%b%b\r\n%b"
             % (
@@ -353,3 +365,8 @@ class ClientConnection(asyncio.Protocol):
             self.answer_error(InvalidRequest(message))
         else:
             self._transport.close()
+
+
+def _is_long(request: Request) -> bool:
+    """Whether the body may be longer than what is read for nothing."""
+    return b"transfer-encoding" in request.headers or (request.declared_bytes or 0) > _UNREAD_LIMIT_BYTES

@@ -23,7 +23,6 @@ from gateway.relay.answers import Usage, engine_error, error_event, stream_error
 from gateway.relay.client import ClientConnection
 from gateway.relay.http import EVENT_STREAM, JSON, Request
 from gateway.relay.placing import RESUME_WITHIN_S, Placing
-from gateway.relay.request import decode, refuse_empty_prompt
 from gateway.relay.resume import Rest, ResumedStream, Transcript, Unfit
 from gateway.relay.route import Candidate, Table
 from gateway.relay.sse import DONE, KEEPALIVE, EventStream, EventTooLong, ResponsesStream
@@ -41,7 +40,7 @@ class Inference(Placing):
 
     __slots__ = (
         "_answer", "_before", "_client", "_content_type", "_counting", "_events", "_expiry", "_first_s",
-        "_lost_s", "_pieces", "_resent", "_resumes", "_resuming", "_sent", "_size", "_status", "_tried", "_unfit",
+        "_lost_s", "_pieces", "_resent", "_resumes", "_resuming", "_sent", "_status", "_tried", "_unfit",
     )  # fmt: skip
 
     def __init__(
@@ -53,7 +52,6 @@ class Inference(Placing):
             raise self._too_large(request.declared_bytes)
         self._client = client
         self._pieces: list[bytes] = []
-        self._size = 0
         self._expiry: asyncio.TimerHandle | None = None
         self._tried: list[Candidate] = []
         self._resent = False
@@ -125,10 +123,8 @@ class Inference(Placing):
     # Dispatch
 
     def _dispatch(self) -> None:
-        self._head = decode(self._body)
+        self._read()
         self._check_task()
-        if self._endpoint.takes_prompt:
-            refuse_empty_prompt(self._body)
         headers, traffic = self._request.headers, self._traffic
         if headers.get(b"x-stainless-retry-count", b"0") == b"0":
             traffic.budget.requests += 1
@@ -461,6 +457,7 @@ class Inference(Placing):
             prompt_tokens,
             completion_tokens,
             self._first_s,
+            self._estimate(outcome) if usage is None else 0,
         )
 
     # Small things

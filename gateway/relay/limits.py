@@ -38,13 +38,14 @@ _BUSY_RETRY_MS = 1000  # a guess: it depends on how long the answers in flight t
 class _Bucket:
     """A rate of one key. Charges of this relay are its own; those of the others are seen by their counts."""
 
-    __slots__ = ("_cells", "_count", "_due", "_lines", "_peers", "_seen", "due_s", "each_s", "limit")
+    __slots__ = ("_cells", "_count", "_due", "_lines", "_peers", "_seen", "_usage", "due_s", "each_s", "limit")
 
     def __init__(self, usage: Usage, what: str, cells: tuple[int, int], limit: int) -> None:
         """cells: of its count and of its due time, from the first of the file. limit: a minute."""
         self.limit = limit
         self.each_s = _PERIOD_S / limit
         self.due_s = 0.0  # monotonic; empty from then on
+        self._usage = usage
         self._cells = usage.cells
         self._peers = usage.peers
         self._count, self._due = cells
@@ -58,8 +59,7 @@ class _Bucket:
         for cells in self._peers:
             count += cells[self._count]
         if long_ago:
-            due_us = max([self._cells[self._due], *(cells[self._due] for cells in self._peers)])
-            self.due_s = due_us / 1e6
+            self.due_s = self._usage.due_us(self._due) / 1e6
         elif count > self._seen:
             self.due_s = max(self.due_s, now_s) + (count - self._seen) * self.each_s
         self._seen = count

@@ -11,12 +11,12 @@ import re
 import time
 from collections.abc import Sequence
 
-from gateway.errors import GatewayError, NotFound
-from gateway.relay.admit import RESUME_PRIORITY, ticket_for
+from gateway.errors import GatewayError, InternalError, NotFound
+from gateway.relay.admit import BYTES_A_TOKEN, RESUME_PRIORITY, ticket_for
 from gateway.relay.awaiting import NotResident
 from gateway.relay.fair import Ticket
 from gateway.relay.http import Request
-from gateway.relay.request import Head, overridden, with_usage
+from gateway.relay.request import Head, decode, overridden, refuse_empty_prompt, with_usage
 from gateway.relay.route import Candidate, Route, Table
 from gateway.relay.traffic import Endpoint, Traffic
 from gateway.relay.upstream import Connection
@@ -24,6 +24,7 @@ from gateway.relay.upstream import Connection
 RESUME_WITHIN_S = 15.0  # how long a stream that lost its engine waits for a replica to go on with it
 _TRACE = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullmatch
 
+_CHARGED = frozenset({"ok", "client_gone", "client_stalled", "deadline"})  # outcomes that are no failure of ours
 _LOADED = b"x-tunegate-adapter: loaded\r\n"  # tells a client why its answer took longer
 
 
@@ -36,7 +37,7 @@ class Placing:
     __slots__ = (
         "_awaits", "_awaits_since_s", "_body", "_candidate", "_choices", "_connecting", "_endpoint", "_expires_s",
         "_head", "_lost", "_meter", "_paused", "_replica", "_request", "_rest", "_route", "_sent_s",
-        "_silent_s", "_started", "_table", "_ticket", "_traffic", "_upstream",
+        "_silent_s", "_size", "_started", "_table", "_ticket", "_traffic", "_upstream", "_usage_members",
     )  # fmt: skip
 
     def __init__(self, request: Request, endpoint: Endpoint, table: Table, traffic: Traffic) -> None:
@@ -45,9 +46,11 @@ class Placing:
         self._table = table
         self._traffic = traffic
         self._meter = traffic.meter
+        self._size = 0  # of the body in bytes, as far as it came
         self._body = b""
         self._rest = b""  # what the next engine is asked instead of `_body`
         self._head: Head | None = None
+        self._usage_members = b""  # appended, so that a stream ends with usage
         self._expires_s = 0.0  # monotonic, where the client gave a deadline
         self._awaits: str | None = None  # the name that it waits for, whose adapter is loaded nowhere
         self._awaits_since_s = 0.0  # when it first did; it waits no longer for being parked twice
@@ -67,6 +70,18 @@ class Placing:
     def _fail(self, error: GatewayError, outcome: str) -> None:
         raise NotImplementedError
 
+    def broke(self) -> None:
+        """A defect of ours was met while it waited."""
+        self._fail(InternalError("The gateway failed on this request. Its log says why."), "defect")
+
+    def _read(self) -> None:
+        """Decode what there is to decode, before a place or a slot is held. Raises InvalidRequest."""
+        head = self._head = decode(self._body)
+        if self._endpoint.takes_prompt:
+            refuse_empty_prompt(self._body)
+        if self._endpoint.stream == "chunks" and head.stream and not self._wants_usage:
+            self._usage_members = with_usage(self._body, head.stream_options)
+
     def _find_route(self) -> None:
         """Send it to where its model is; where that is nowhere yet, wait. Raises NotFound, Unavailable, RateLimited."""
         assert self._head is not None
@@ -85,8 +100,14 @@ class Placing:
         self._awaits_since_s = self._awaits_since_s or time.monotonic()
         self._table.awaiting.park(self._name, self, self._awaits_since_s)
         self._awaits = self._name
-        if _LOADED not in self._request.limit_headers:
-            self._request.limit_headers += _LOADED
+
+    @property
+    def parked_key(self) -> str | None:
+        return self._request.key_id
+
+    @property
+    def parked_bytes(self) -> int:
+        return self._size
 
     def adapter_loaded(self, table: Table) -> None:
         self._awaits = None
@@ -95,6 +116,9 @@ class Placing:
             self._find_route()
         except GatewayError as error:
             self._fail(error, "refused")
+            return
+        if self._awaits is None and _LOADED not in self._request.limit_headers:
+            self._request.limit_headers += _LOADED
 
     def _is_back(self) -> bool:
         """It waits though it had a replica: whether that takes requests again, and it is on its way there, or over."""
@@ -117,8 +141,7 @@ class Placing:
 
     def _seek(self, candidates: Sequence[Candidate]) -> None:
         """Go to one of these, or wait for room at one. Raises NotFound, Overloaded, RateLimited."""
-        absent_from = self._endpoint.absent_from
-        fit = tuple(c for c in candidates if c.engine.backend not in absent_from) if absent_from else candidates
+        fit = self._fit(candidates)
         if not fit:
             backend = candidates[0].engine.backend
             raise NotFound(f"{self._endpoint.path.decode()} is not served here: {backend} has no such route.")
@@ -148,6 +171,11 @@ class Placing:
             self._discourage(error)
             raise
 
+    def _fit(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Those whose engine has such a route."""
+        absent_from = self._endpoint.absent_from
+        return tuple(c for c in candidates if c.engine.backend not in absent_from) if absent_from else candidates
+
     def _pick(self, fit: Sequence[Candidate]) -> Candidate:
         now_s = time.monotonic()
         self._meter.look(now_s)
@@ -170,7 +198,7 @@ class Placing:
         self._fail(error, "refused")
 
     def rerouted(self) -> None:
-        candidates = self._current_candidates()
+        candidates = self._fit(self._current_candidates())
         if candidates:
             self._choices = candidates
         elif self._ticket is not None and self._table.loads(self._name):  # unloaded while it queued
@@ -202,11 +230,7 @@ class Placing:
 
     def _members(self, candidate: Candidate) -> bytes:
         """What is appended to the body: our name for the model, and usage at the end of a stream."""
-        head = self._head
-        assert head is not None
-        if self._endpoint.stream == "chunks" and head.stream and not self._wants_usage:
-            return candidate.override + with_usage(self._body, head.stream_options)
-        return candidate.override
+        return candidate.override + self._usage_members
 
     @property
     def _wants_usage(self) -> bool:
@@ -250,6 +274,12 @@ class Placing:
         connection.send(self, [head, *body])  # type: ignore[arg-type]  # as above
         if self._paused:
             connection.pause()
+
+    def _estimate(self, outcome: str) -> int:
+        """Prompt tokens to charge where no engine counted them: who leaves before the end pays for the work too."""
+        if not self._sent_s or self._endpoint.task is None or outcome not in _CHARGED:
+            return 0
+        return self._size // BYTES_A_TOKEN
 
     def _discourage(self, error: GatewayError) -> None:
         """Tell the client not to try again either, once there have been too many retries."""

@@ -80,7 +80,7 @@ def decode(body: bytes) -> Head:
         return _decode(body)
     except msgspec.ValidationError as error:
         raise _explain(str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if not body.strip():
             raise InvalidRequest("The request has no body; a JSON object is expected.") from error
         raise InvalidRequest(f"The request's body is not JSON: {error}.") from error
@@ -88,17 +88,26 @@ def decode(body: bytes) -> Head:
 
 def refuse_empty_prompt(body: bytes) -> None:
     """An empty prompt ends LMDeploy's engine for good, and no engine answers one. Raises InvalidRequest."""
-    prompt = _decode_prompt(body).prompt
+    try:
+        prompt = _decode_prompt(body).prompt
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"`prompt` cannot be read: {error}.", param="prompt") from error
     if prompt in ("", []) or (isinstance(prompt, list) and any(part in ("", []) for part in prompt)):
         raise InvalidRequest("`prompt` is empty; it takes a text, token ids, or a list of these.", param="prompt")
 
 
 def with_usage(body: bytes, options: StreamOptions | None) -> bytes:
-    """The members to append so that the engine reports usage at the stream's end; the client's options are kept."""
+    """The members to append so that the engine reports usage at the stream's end; the client's options are kept.
+
+    Raises InvalidRequest.
+    """
     if options is None:
         return b',"stream_options":{"include_usage":true}'
-    given = msgspec.json.decode(body, type=_RawOptions).stream_options
-    merged = _decode_options(given) | {"include_usage": msgspec.Raw(b"true")}
+    try:
+        given = msgspec.json.decode(body, type=_RawOptions).stream_options
+        merged = _decode_options(given) | {"include_usage": msgspec.Raw(b"true")}
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"`stream_options` cannot be read: {error}.", param="stream_options") from error
     return b',"stream_options":' + msgspec.json.encode(merged)
 
 

@@ -167,6 +167,13 @@ class Rest(msgspec.Struct, frozen=True, gc=False):
 
 def continuation(body: bytes, transcript: Transcript, chat: bool) -> Rest:
     """The request for the rest of a stream. body: a JSON object, as it was sent. Raises Unfit."""
+    try:
+        return _continuation(body, transcript, chat)
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
+        raise Unfit(f"its body cannot be read: {error}") from error
+
+
+def _continuation(body: bytes, transcript: Transcript, chat: bool) -> Rest:
     transcript.fold()
     members = _decode_body(body)
     if transcript.unfit:

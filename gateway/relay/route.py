@@ -23,6 +23,7 @@ from gateway.snapshot import Delta, Model, Replica, Snapshot
 
 _NAMES_COMPARED = 200  # for "did you mean"; a bound on what a wrong name can cost
 _NAMES_LISTED = 3
+_VERSION = re.compile(r"[0-9]{1,9}").fullmatch  # of which control can be asked: names are to stay short
 
 
 @dataclass(slots=True, eq=False)
@@ -171,7 +172,7 @@ def _candidate(name: str, engine: Engine, engine_model: str, cell: int) -> Candi
 def _versioned(name: str) -> str | None:
     """The bare name of `name@vN`."""
     bare, found, version = name.rpartition("@v")
-    return bare if found and version.isdecimal() else None
+    return bare if found and _VERSION(version) else None
 
 
 def _not_found(name: str, known: dict[str, Model]) -> ModelNotFound:

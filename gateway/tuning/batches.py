@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,10 @@ class Batches:
         self._lock = asyncio.Lock()
         self.changed = asyncio.Event()
 
+    async def open(self) -> None:
+        """Clear the directory of what a crash left."""
+        await asyncio.to_thread(self._sweep)
+
     def folder(self, batch: Batch) -> Path:
         """Where a batch's lines lie while it is worked on."""
         return self._directory / batch.id
@@ -146,6 +151,12 @@ class Batches:
             await asyncio.to_thread(self._objects.put, batch)
         self.changed.set()
         return batch
+
+    def _sweep(self) -> None:
+        known = {batch.id for batch in self._objects.all(Batch, OPEN)}
+        for folder in self._directory.glob("batch_*"):
+            if folder.name not in known:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _keep(self, batch: Batch) -> None:
         """The batch's own name for its input, so that it keeps it when the file is deleted."""

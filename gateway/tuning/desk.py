@@ -44,6 +44,7 @@ class Desk:
     async def open(self) -> None:
         """Clear the directories of what a crash left. The store's schema must be up to date."""
         await self.files.open()
+        await self.batches.open()
 
     async def run(self) -> None:
         """Work until cancelled."""

@@ -1,6 +1,6 @@
 """Files of the API: bytes in `<state>/files/<id>`, what is known of them in the store.
 
-A file is written aside, forced to the disk and renamed before the store knows it: a crash leaves all of it or nothing.
+A file is written aside, forced to the disk and linked before the store knows it: a crash leaves all of it or nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Files:
         return self._directory / id
 
     async def add(self, staged: Path, filename: str, purpose: str, expires_after_s: int | None = None) -> File:
-        """Take over a file from staging. Raises InvalidRequest, StorageFull, OSError."""
+        """Keep a file from staging, which its owner clears away. Raises InvalidRequest, StorageFull, OSError."""
         if expires_after_s is not None and expires_after_s not in _EXPIRY_S:
             raise InvalidRequest(
                 f"expires_after[seconds] is {expires_after_s}; give {_EXPIRY_S.start} to {_EXPIRY_S.stop - 1}",
@@ -86,7 +86,7 @@ class Files:
         )
         with full_disk_is_an_error():
             _sync(staged)
-            staged.rename(self.path(file.id))
+            os.link(staged, self.path(file.id))  # a crash before the owner refers to it loses nothing
             _sync(self._directory)
         self._objects.put(file)
         return file

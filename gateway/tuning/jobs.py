@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import re
 import secrets
 import shutil
 import time
@@ -152,7 +153,7 @@ class Jobs:
         before = None
         if after is not None:
             number = after.removeprefix("ftevent-")
-            if not number.isdigit():
+            if not re.fullmatch("[0-9]{1,18}", number):
                 raise InvalidRequest(f"after is {after[:50]!r}; give the id of an event", param="after")
             before = int(number)
         return await asyncio.to_thread(self._objects.events, id, before, limit)
@@ -170,6 +171,11 @@ class Jobs:
         """What is to be worked on, in order: first what runs already, then the queue."""
         jobs = await asyncio.to_thread(self._objects.all, Job, (Status.RUNNING, Status.QUEUED))
         return sorted(jobs, key=lambda job: job.status is not Status.RUNNING)
+
+    async def unfinished(self) -> list[Job]:
+        """Whose trainer may still live, oldest first."""
+        statuses = (Status.RUNNING, Status.QUEUED, Status.PAUSED, Status.CANCELLED)
+        return await asyncio.to_thread(self._objects.all, Job, statuses)
 
     async def cancel(self, id: str) -> Job:
         """End a job for good; what it trained is dropped. Raises NotFound, Conflict."""
@@ -249,9 +255,12 @@ class Jobs:
         return file
 
     def _sweep(self) -> None:
-        kept = {job.id for job in self._objects.all(Job) if job.status is not Status.CANCELLED}
-        for folder in self._directory.glob("ftjob-*"):
-            if folder.name not in kept | self._being_made:
+        # In this order: a job made meanwhile has no folder in the list yet, is being made, or is in the store.
+        folders = list(self._directory.glob("ftjob-*"))
+        kept = set(self._being_made)
+        kept |= {job.id for job in self._objects.all(Job) if job.status is not Status.CANCELLED}
+        for folder in folders:
+            if folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _keep(self, folder: Path, files: dict[str, File]) -> dict[str, Path]:

@@ -84,6 +84,8 @@ def _checked(raw: bytes, endpoint: str, seen: set[str]) -> tuple[dict[str, Any],
         row = json.loads(raw)
     except ValueError:
         return {}, LineFault("invalid_json_line", "this line is not JSON")
+    except RecursionError:
+        return {}, LineFault("invalid_json_line", "this line is nested too deeply")
     if not isinstance(row, dict):
         return {}, LineFault("invalid_json_line", "this line is no JSON object")
     custom_id, body = row.get("custom_id"), row.get("body")
@@ -99,4 +101,10 @@ def _checked(raw: bytes, endpoint: str, seen: set[str]) -> tuple[dict[str, Any],
         return {}, LineFault("invalid_request", "body must be an object with a `model`", param="body")
     if body.get("stream"):
         return {}, LineFault("invalid_request", "a batch does not stream; leave body.stream out", param="body.stream")
+    try:
+        msgspec.json.encode(body)
+    except UnicodeEncodeError:
+        return {}, LineFault("invalid_request", "body holds half of a surrogate pair, no character", param="body")
+    except RecursionError:
+        return {}, LineFault("invalid_request", "body is nested too deeply", param="body")
     return row, None

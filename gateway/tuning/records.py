@@ -24,7 +24,6 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
 class Status(StrEnum):
     """Of a job. Until it is succeeded, failed or cancelled, the gateway works on it or waits to."""
 
-    VALIDATING = "validating_files"
     QUEUED = "queued"
     RUNNING = "running"
     PAUSED = "paused"

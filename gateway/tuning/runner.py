@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import shutil
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from backends.process import EngineProcess
 from gateway.adapters.package import KEPT, Part
 from gateway.control.catalog import Cause, Version
 from gateway.control.views import READY
-from gateway.errors import GatewayError
+from gateway.errors import Conflict, GatewayError
 from gateway.tuning import progress
 from gateway.tuning.jobs import Jobs
 from gateway.tuning.records import Checkpoint, Event, Fault, Job, Status, new_id
@@ -46,6 +47,7 @@ class Runner:
         self._jobs = jobs
         self._job_id = ""  # of the process
         self._process: EngineProcess | None = None
+        self._adopted = False  # what an earlier control left
 
     async def run(self) -> None:
         """Work until cancelled. Trainers are left running: their guards end them with the gateway."""
@@ -68,6 +70,8 @@ class Runner:
     async def _look(self) -> bool:
         """One step. False when there is nothing to do."""
         if self._process is None:
+            if not self._adopted and await self._adopt():
+                return True
             waiting = await self._jobs.open_jobs()
             if not waiting:
                 return False
@@ -84,23 +88,31 @@ class Runner:
         await self._ended(job, -9 if status is None else status)
         return True
 
+    async def _adopt(self) -> bool:
+        """Follow a trainer that an earlier control left, whatever its job is to do now; False when none lives."""
+        for job in await self._jobs.unfinished():
+            process = await asyncio.to_thread(self._jobs.trainer.adopt, job.id)
+            if process is not None:
+                self._process, self._job_id = process, job.id
+                return True
+        self._adopted = True
+        return False
+
     async def _begin(self, job: Job) -> None:
-        """Find the job's process, or start it."""
+        """Start the job's process."""
         jobs = self._jobs
         if _result(jobs.run_dir(job)).exists():  # it was done while nobody looked
             await self._publish(await self._follow(job))
             return
-        process = await asyncio.to_thread(jobs.trainer.adopt, job.id)
-        if process is None:
-            config = jobs.folder(job) / "job.yaml"
-            start = functools.partial(jobs.trainer.start, job.id, job.config["method"], config, jobs.run_dir(job))
-            try:
-                await asyncio.to_thread(jobs.trainer.prove)
-                process = await asyncio.to_thread(start)
-            except (BackendError, GatewayError) as error:
-                await self._fail(job, "trainer_not_started", str(error))
-                return
-        self._process, self._job_id = process, job.id
+        config = jobs.folder(job) / "job.yaml"
+        start = functools.partial(jobs.trainer.start, job.id, job.config["method"], config, jobs.run_dir(job))
+        try:
+            await asyncio.to_thread(jobs.trainer.prove)
+            self._process = await asyncio.to_thread(start)
+        except (BackendError, GatewayError) as error:
+            await self._fail(job, "trainer_not_started", str(error))
+            return
+        self._job_id = job.id
         await jobs.change(job.id, _begun)
 
     async def _steer(self, job: Job, process: EngineProcess) -> None:
@@ -187,12 +199,13 @@ class Runner:
         jobs, run = self._jobs, self._jobs.run_dir(job)
         manifest = await asyncio.to_thread(_manifest, run)
         figures = manifest["metrics"]
-        if job.gate_eval_loss and (worse := _worse(figures)):
+        if job.gate_eval_loss and (worse := _worse(figures, held_out=job.validation_file is not None)):
             await self._fail(job, "gate_failed", worse)
             return
         try:
-            version, new = await self._take_in(job, job.name, _result(run))
-            shown = await jobs.service.settle(version, new, _READY_S)
+            version, _ = await self._take_in(job, job.name, _result(run))
+            # As if new: after a restart it is known already, and engines may refuse it still.
+            shown = await jobs.service.settle(version, True, _READY_S)
         except GatewayError as error:
             await self._fail(job, error.code or "adapter_refused", error.message)
             return
@@ -208,6 +221,8 @@ class Runner:
         said.append(_event("The job has successfully completed"))
 
         def change(now: Job) -> Job:
+            if now.status is Status.CANCELLED:
+                raise Conflict(f"{now.id} was cancelled while its model was published")
             return msgspec.structs.replace(
                 now,
                 status=Status.SUCCEEDED,
@@ -219,7 +234,13 @@ class Runner:
                 checkpoints=(*(one for one in now.checkpoints if one.step != step), last),
             )
 
-        await jobs.change(job.id, change, said)
+        try:
+            await jobs.change(job.id, change, said)
+        except Conflict:
+            await jobs.drop_model(last)
+            await jobs.files.delete(results.id)
+            await asyncio.to_thread(shutil.rmtree, jobs.folder(job), True)
+            return
         await asyncio.to_thread(_tidy, run)
 
     async def _take_in(self, job: Job, name: str, directory: Path) -> tuple[Version, bool]:
@@ -273,9 +294,14 @@ def _manifest(run: Path) -> dict[str, Any]:
     return dict(json.loads((_result(run) / "manifest.json").read_text()))
 
 
-def _worse(figures: dict[str, Any]) -> str:
+def _worse(figures: dict[str, Any], held_out: bool) -> str:
     """Why the result is not to be served; empty when it is, or when nothing was held out."""
-    tuned, base = (figures.get(name, {}).get("loss") for name in ("eval", "base_eval"))
+    tuned, base = ((figures.get(name) or {}).get("loss") for name in ("eval", "base_eval"))
+    if held_out and (tuned is None or math.isnan(tuned)):
+        return (
+            "the tuned model's loss on the validation file is no number. Train with a lower learning rate, or set "
+            "tunegate.gate.eval_loss to false"
+        )
     if tuned is None or base is None or tuned <= base:
         return ""
     return (

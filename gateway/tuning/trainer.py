@@ -6,18 +6,22 @@ dies, whose successor finds it again. Blocking: call it from a thread.
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends import process
+from backends import lifeline, process
 from backends.base import Endpoint, Launch
 from backends.process import EngineProcess
 from gateway.errors import InvalidRequest
 
+_log = logging.getLogger(__name__)
 EXIT_PAUSED = 75
 _PROBE_S, _CHECK_S = 60, 300  # time limits
 _PAUSE_GRACE_S = 60.0  # for a step and a checkpoint, when the gateway ends
@@ -74,9 +78,11 @@ class Trainer:
         good = _GOOD.search(done.stdout)
         if done.returncode == 0 and good:
             return int(good[1])
-        said = done.stderr.removeprefix("Error: ").replace(f"{file.name} line", f"{filename} line")
-        said = said.replace(str(file), filename).strip()
-        raise InvalidRequest(said or "the trainer could not check it", param=param, code="invalid_training_file")
+        said = done.stderr.replace(f"{file.name} line", f"{filename} line").replace(str(file), filename).strip()
+        if not said.startswith("Error: "):  # a traceback names the server's paths
+            _log.error("check-data ended with status %d: %s", done.returncode, done.stderr)
+            said = f"the trainer could not check {filename}; the gateway's log says why"
+        raise InvalidRequest(said.removeprefix("Error: "), param=param, code="invalid_training_file")
 
     def adopt(self, job_id: str) -> EngineProcess | None:
         """The process of a job that runs already."""
@@ -103,7 +109,14 @@ def _run(argv: list[str], limit_s: float) -> subprocess.CompletedProcess[str] | 
     environment = process.engine_environment(Launch((argv[0],)), os.environ)
     try:
         return subprocess.run(
-            argv, env=environment, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit_s
+            argv,
+            env=environment,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            preexec_fn=functools.partial(lifeline.end_with_parent, signal.SIGTERM, os.getpid()),
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -25,6 +25,7 @@ class LiveGateway:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self._loaded: dict[str, Any] = {"base": AutoModelForCausalLM.from_pretrained(model).eval()}
         self._lock = threading.Lock()
+        self._generator = torch.Generator().manual_seed(0)
         self.published: list[str] = []
         self.deleted: list[str] = []
         self.used: list[str] = []
@@ -61,13 +62,12 @@ class LiveGateway:
             ids = self.tokenizer.apply_chat_template(
                 body["messages"], add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )["input_ids"]
-            generator = torch.Generator().manual_seed(body.get("seed", 0))
             sampled, logprobs = [], []
             for _ in range(body["max_tokens"]):
                 row = model(input_ids=torch.cat([ids, torch.tensor([sampled], dtype=torch.long)], 1)).logits[0, -1]
                 distribution = row.float().log_softmax(-1)
                 if body["temperature"]:
-                    token = int(torch.multinomial(distribution.exp(), 1, generator=generator))
+                    token = int(torch.multinomial(distribution.exp(), 1, generator=self._generator))
                 else:
                     token = int(distribution.argmax())
                 sampled.append(token)

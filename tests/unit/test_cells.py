@@ -10,7 +10,17 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from gateway.observe import cells as cells_module
-from gateway.observe.cells import FIRST_FREE, IN_FLIGHT_ROW, MAX_REPLICAS, Cells, CellsFull, Peers, read_series
+from gateway.observe.cells import (
+    FIRST_FREE,
+    IN_FLIGHT_ROW,
+    MAX_REPLICAS,
+    Cells,
+    CellsFull,
+    InFlight,
+    Peers,
+    forget_surplus,
+    read_series,
+)
 from gateway.observe.exposition import RelayCollector, sum_relays
 from gateway.observe.series import IN_FLIGHT, METRICS, PROMPT_TOKENS, REQUESTS, TTFT, Metric
 
@@ -216,3 +226,14 @@ def test_the_list_of_series_does_not_grow_for_ever(tmp_path: Path, monkeypatch: 
     used = again._free
     again.series(PROMPT_TOKENS, "new")
     assert again._free == used  # in the place of one that was dropped
+
+
+def test_relays_that_no_longer_run_have_nothing_in_flight(tmp_path: Path) -> None:
+    for index in range(3):
+        cells = Cells(tmp_path / f"relay-{index}.cells")
+        cells.values[IN_FLIGHT_ROW] = 1 + index
+        cells.values[cells.series(PROMPT_TOKENS, "a")] = 10
+        cells.close()
+    forget_surplus(tmp_path, 1)
+    assert InFlight(tmp_path).replica(0) == 1
+    assert sum_relays(tmp_path)[PROMPT_TOKENS.name]["a",][0] == 30

@@ -316,3 +316,11 @@ async def test_no_route_of_control_is_reached_with_a_lesser_scope(start: Start) 
                 want = "adapters" if prefix == "v1/models" and method == "DELETE" else words.get(prefix)
                 assert needed(method.encode(), path.encode()) == want, f"{method} {path}"
     assert ADMIN in SCOPES
+
+
+async def test_what_is_lent_outlives_a_rotation(ring: Ring) -> None:
+    shown, _ = await ring.keys.create("ops", ADMIN_TERMS)
+    secret = ring.keys.lend(shown["id"])
+    await ring.keys.rotate("ops", grace_s=0)
+    entry = ring.entry(secret)
+    assert entry is not None and entry.expires_at is None

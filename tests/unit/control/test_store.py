@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gateway.control import store as module
 from gateway.control.canary import Policy
 from gateway.control.catalog import Canary, Cause, Event, Version, VersionState
 from gateway.control.store import NewVersion, Store, StoreUnavailable
-from gateway.errors import StorageFull
+from gateway.errors import Conflict, NotFound, StorageFull
 from gateway.tuning import store as tuning
 
 
@@ -245,3 +246,50 @@ def test_an_adapter_takes_its_aliases_and_history_along(store: Store) -> None:
     store.add_version("one", new())
     assert store.history("one", 10) == []
     assert store.adapters()["one"].aliases == {}
+
+
+def test_a_decision_on_what_has_changed_is_refused(store: Store) -> None:
+    store.add_version("one", new("1"))
+    second = store.add_version("one", new("2")).newest
+    store.set_current(replace(second, version=1))
+    seen = store.set_canary("one", Canary(2, 5.0, Policy(), "", 0))
+    assert seen is not None and seen.canary is not None
+    looked = store.set_canary("one", replace(seen.canary, looks=1), seen=seen)
+    assert store.set_canary("one", seen.canary, seen=looked) is not None, "looks do not make it another trial"
+    ended = store.set_canary("one", None)
+    with pytest.raises(Conflict, match="meanwhile"):
+        store.set_canary("one", seen.canary, seen=seen)
+    with pytest.raises(Conflict, match="meanwhile"):
+        store.set_current(second, seen=seen)
+    assert store.adapters()["one"] == ended
+    store.set_current(second)
+    with pytest.raises(Conflict, match="meanwhile"):
+        store.set_canary("one", Canary(2, 5.0, Policy(), "", 0))
+    with pytest.raises(Conflict, match="meanwhile"):
+        store.set_canary("one", Canary(9, 5.0, Policy(), "", 0))
+
+
+def test_an_alias_moves_in_one_step_and_names_what_is_there(store: Store) -> None:
+    for name in ("one", "two"):
+        store.add_version(name, new())
+    store.set_alias("prod", "one", 1)
+    moved = store.set_alias("prod", "two", None)
+    assert [(name, adapter.aliases) for name, adapter in moved.items()] == [("one", {}), ("two", {"prod": None})]
+    with pytest.raises(NotFound, match="one@v7"):
+        store.set_alias("seventh", "one", 7)
+    with pytest.raises(Conflict, match="is an adapter"):
+        store.set_alias("two", "one", None)
+    with pytest.raises(Conflict, match="an alias"):
+        store.add_version("prod", new("3"))
+
+
+def test_rows_that_name_nothing_are_left_out(tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    store.add_version("one", new("1"))
+    store.add_version("one", new("2"))
+    store.set_canary("one", Canary(2, 5.0, Policy(), "", 0))
+    store.set_alias("prod", "one", 2)
+    with sqlite3.connect(tmp_path / "registry.db") as database:
+        database.execute("DELETE FROM adapter_versions WHERE version = 2")
+    adapter = store.adapters()["one"]
+    assert (adapter.canary, adapter.aliases) == (None, {})
+    assert "v2 is gone" in caplog.text and "prod" in caplog.text

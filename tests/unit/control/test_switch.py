@@ -116,14 +116,17 @@ async def test_replacing_stops_the_old_first(start: Start) -> None:
 
 async def test_a_replacement_that_does_not_come_up_brings_the_old_engine_back(start: Start) -> None:
     async with start() as world:
-        world.next_script = script = Script(dies_starting="CUDA out of memory")
         switch = Switch(world.estate)
+        switch.begin(to(world, "vllm"), "beside")  # so that what serves has another number than a first one gets
+        await switch.wait(5)
+        world.next_script = script = Script(dies_starting="CUDA out of memory")
         switch.begin(to(world), "replace")
-        await until(lambda: len(world.hosts) == 2)
+        await until(lambda: len(world.hosts) == 3)
         world.next_script = Script()  # the old one starts well
         await switch.wait(10)
         assert script.dies_starting
         assert "vllm is started again" in switch.show()["switch"]["reason"]
+        assert world.estate.running.indices == tuple(replica.index for replica in world.replicas)
         await until(lambda: picture(world).models["base"].engine_models)
         assert {replica.backend for replica in picture(world).replicas} == {"vllm"}
 
@@ -162,11 +165,41 @@ class TestReload:
             assert picture(world).limits.max_body_bytes == 5_000_000
             assert picture(world).reloads == 1
             (tmp_path / "gateway.yaml").write_text("replicas: 1\n")
+            with pytest.raises(InvalidRequest, match="open to everybody"):
+                await reload.run()
+            assert len(picture(world).keys) == 2
+            (tmp_path / "gateway.yaml").write_text("replicas: 1\napi_key: [two]\n")
             await reload.run()
             await until(lambda: [replica.id for replica in world.replicas] == ["r0"])
             assert [host.closed for host in world.hosts] == [False, True, True]
-            await until(lambda: not picture(world).keys)
+            await until(lambda: len(picture(world).keys) == 1)
             assert world.estate.running.indices == (0,)
+
+    async def test_what_is_on_its_way_out_is_not_counted(
+        self, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with start() as world:
+            reload = self.world_of(world, tmp_path, "replicas: 3\n")
+            await reload.run()
+            busy = 1
+
+            async def in_flight(replica: Any) -> int:
+                return busy if replica.index else 0
+
+            monkeypatch.setattr(world.core, "in_flight", in_flight)
+            file = tmp_path / "gateway.yaml"
+            file.write_text("replicas: 1\n")
+            await reload.run()
+            file.write_text("replicas: 2\n")
+            await reload.run()  # while r1 and r2 drain
+            assert world.estate.running.indices == (0, 3)
+            switch = Switch(world.estate)
+            switch.begin(to(world), "beside")
+            await until(lambda: switch.show()["switch"]["phase"] == "draining")
+            busy = 0
+            await switch.wait(5)
+            assert switch.show()["switch"]["phase"] == "done"
+            await until(lambda: [replica.id for replica in world.replicas] == ["r4", "r5"])
 
     @pytest.mark.parametrize(
         "text, words",

@@ -14,6 +14,7 @@ import pytest
 
 from gateway.control import app
 from gateway.control.catalog import Cause
+from gateway.errors import StorageFull
 from gateway.observe import series
 from gateway.observe.cells import Cells
 from tests.unit.control.conftest import Start, World, until
@@ -373,3 +374,74 @@ async def test_a_canary_outlives_a_restart_of_control(start: Start) -> None:
         assert world.model("tuned").canary.share == 0.05
         await world.core.registry.promote(world.core.registry.adapters["tuned"].versions[2], Cause("", "test"))
         assert json.dumps(world.service.adapter("tuned")["canary"]) == "null"
+
+
+async def test_a_version_deleted_while_its_canary_starts(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with api(start) as (world, client):
+        for seed in (1, 2):
+            await upload(world, client, "tuned", seed)
+        await post(client, "tuned/rollback")
+        counts = world.core.rollouts.counts
+
+        async def slow(name: str, versions: tuple[int, ...]) -> Any:
+            assert (await client.delete("/v1/adapters/tuned@v2")).status_code == 200
+            return await counts(name, versions)
+
+        monkeypatch.setattr(world.core.rollouts, "counts", slow)
+        await refused(client, 409, "meanwhile", "tuned/canary", version=2, weight=5)
+        await world.core.published()
+        assert world.model("tuned").canary is None
+
+
+async def test_an_alias_is_never_nowhere(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with api(start) as (world, client):
+        for seed, name in enumerate(("one", "two"), 1):
+            await upload(world, client, name, seed)
+        await post(client, "one/aliases", alias="prod")
+        seen, change = [], world.core.publisher.change
+
+        async def watched(delta: Any) -> None:
+            await change(delta)
+            seen.append("prod" in world.core.publisher.current.models)  # type: ignore[union-attr]  # published above
+
+        monkeypatch.setattr(world.core.publisher, "change", watched)
+        await post(client, "two/aliases", alias="prod")
+        assert seen and all(seen)
+        assert world.model("prod").adapter == world.model("two").adapter
+
+
+async def test_what_could_not_be_numbered_is_published_later(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with api(start) as (world, client):
+        await upload(world, client, "tuned", 1)
+        monkeypatch.setattr("gateway.control.core._STORE_RETRY_S", 0.01)
+        number, failures = world.core.registry.next_snapshot_version, [StorageFull("full"), StorageFull("full")]
+
+        async def failing() -> int:
+            if failures:
+                raise failures.pop()
+            return await number()
+
+        world.core._number = None
+        monkeypatch.setattr(world.core.registry, "next_snapshot_version", failing)
+        await post(client, "tuned/aliases", alias="prod")
+        assert not failures
+        assert world.model("prod").adapter == world.model("tuned").adapter  # told before the answer
+
+
+async def test_pins_go_with_their_adapter(start: Start) -> None:
+    async with api(start) as (world, client):
+        await upload(world, client, "tuned", 1)
+        for pin in ("tuned", "tuned@v1", "other"):
+            await world.core.pins.put(pin, None)
+        assert (await client.delete("/v1/adapters/tuned")).status_code == 200
+        assert list(world.core.pins.all) == ["other"]
+
+
+async def test_a_body_that_is_too_large(start: Start) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(30):
+            yield b" " * 100_000
+
+    async with api(start) as (_, client):
+        answer = await client.post("/v1/adapters/tuned/promote", content=endless())
+        assert (answer.status_code, answer.json()["error"]["type"]) == (413, "invalid_request_error")

@@ -15,6 +15,7 @@ from relay_harness import CHAT, Client, Relay, replica, until
 from scripted_upstream import Hang, ScriptedUpstream, answer, completion
 
 from gateway.observe.cells import WAITING, Cells, Peers
+from gateway.relay import admit
 from gateway.relay.traffic import Limits
 from gateway.snapshot import Key
 
@@ -204,3 +205,22 @@ def test_a_relay_that_died_waits_for_nothing(tmp_path: Path) -> None:
     dead.close()
     Cells(tmp_path / "relay-1.cells").close()  # it is started again
     assert peers.waiting() == 0
+
+
+async def test_the_bound_of_bytes_holds_whatever_yields(narrow: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large newcomer displaces as many small ones as it needs, or none."""
+    monkeypatch.setattr(admit, "_WAITING_BYTES", 10_000)
+    narrow.app._traffic.admission._room = admit.Room(ROOM, 1000, 10.0)
+    await narrow.engine([Hang()])
+    for number in range(ROOM):
+        await ask(narrow, number)
+    for number in range(20):
+        await ask(narrow, number, x_priority="batch")
+    queue = narrow.app._traffic.admission._queue
+    before = queue.bytes
+    refused = await narrow.ask(messages=[{"role": "user", "content": "x" * 20_000}])
+    assert (refused.status, queue.waiting, queue.bytes) == (503, 20, before)
+    large = await narrow.client()
+    large.chat(messages=[{"role": "user", "content": "x" * 9_500}])
+    await until(lambda: any(ticket.bytes > 9_500 for ticket in queue))
+    assert queue.bytes <= 10_000

@@ -84,6 +84,11 @@ def test_our_own_names_are_not_the_clients_fault() -> None:
         assert "a-0123456789ab" not in got[2]
 
 
+def test_what_the_client_asked_for_is_not_there() -> None:
+    got = shown(404, {"error": {"message": "Response with id 'resp_1' not found.", "param": "response_id"}})
+    assert got[:4] == (404, "invalid_request_error", "Response with id 'resp_1' not found.", "response_id")
+
+
 @pytest.mark.parametrize("status, detail", [(404, "Not Found"), (405, "Method Not Allowed")])
 def test_a_route_that_the_engine_does_not_have(status: int, detail: str) -> None:
     got = shown(status, {"detail": detail}, b"/v1/embeddings")

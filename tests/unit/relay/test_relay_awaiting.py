@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import msgspec
+import pytest
 from relay_harness import Relay, replica, until
 from scripted_upstream import ScriptedUpstream, answer, completion
 
+from gateway.errors import Unavailable
+from gateway.relay.admit import ticket_for
 from gateway.relay.awaiting import Awaiting
+from gateway.relay.http import Request
+from gateway.relay.placing import Placing
 from gateway.relay.route import Engine, Table
 from gateway.snapshot import Delta, Model, NotLoaded, Snapshot
 
@@ -133,3 +142,50 @@ def test_a_change_costs_what_changed() -> None:
     assert (table.version, models["m1"], "m2" in models) == (2, WARM, False)
     table.take_rest(Snapshot(3, (), {}, {}, "embed"), engines)
     assert (table.task, table._models is models) == ("embed", True)
+
+
+async def test_a_defect_of_one_that_waits_ends_that_one_only(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    await serving(relay, COLD)
+    clients = [await relay.client() for _ in range(3)]
+    for number, client in enumerate(clients):
+        client.chat(model="french", n=number)
+        await until(lambda count=number + 1: relay.app._awaiting.count == count)
+    find, reported = Placing._find_route, []
+
+    def broken(self: Placing) -> None:
+        if b'"n": 1' in self._body:
+            raise OverflowError("a defect")
+        find(self)
+
+    monkeypatch.setattr(Placing, "_find_route", broken)
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
+    change(relay, WARM)
+    assert [(await client.answer()).status for client in clients] == [200, 500, 200]
+    assert (len(reported), relay.in_flight(), relay.app._awaiting.count) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("tokens", [b"9" * 400, b"1e999", b'"\xff"', b"[" * 900 + b"]" * 900])
+async def test_a_length_that_cannot_be_is_estimated(relay: Relay, tokens: bytes) -> None:
+    account_less = Request(b"POST", b"/v1/completions", {}, True)
+    body = b'{"model":"demo","max_tokens":%b}' % tokens
+    cost = ticket_for(SimpleNamespace(), account_less, None, body, 1.0).cost  # type: ignore[arg-type]
+    assert 256 <= cost <= 1_001_000
+
+
+@dataclass(eq=False)
+class Parked:
+    """A request as far as its place is concerned."""
+
+    parked_key: str | None
+    parked_bytes: int
+
+
+async def test_no_key_has_more_than_half_of_the_places(relay: Relay) -> None:
+    awaiting = Awaiting(lambda _: None, 1.0, 4)
+    for key, bytes_ in (("a", 1), ("a", 1), ("b", 63_000_000)):
+        awaiting.park("french", Parked(key, bytes_), 0.0)  # type: ignore[arg-type]
+    for key, bytes_ in (("a", 1), ("c", 2_000_000)):
+        with pytest.raises(Unavailable):
+            awaiting.park("french", Parked(key, bytes_), 0.0)  # type: ignore[arg-type]
+    assert len(awaiting._release("french")) == 3
+    assert (awaiting.count, awaiting._bytes, awaiting._by_key) == (0, 0, {})

@@ -430,10 +430,10 @@ async def test_body_too_large_while_it_comes(relay: Relay) -> None:
         got = await client.answer()
         assert got.status == 413
         assert "100000" in got.error["message"]
+        assert got.headers["connection"] == "close"
         client.writer.write(END)
-        client.chat()  # the connection is still good
-        await engine.request()
-    assert relay.entries[0].status == 413
+        assert await client.closed()
+    assert (relay.entries[0].status, engine.seen) == (413, [])
 
 
 async def test_unready_and_unknown_take_no_slot(relay: Relay) -> None:

@@ -81,10 +81,21 @@ async def test_every_end_gives_the_place_back(relay: Relay) -> None:
         assert cells(relay)[2] == 1
         busy = await relay.ask(headers=SEKRET)
         assert (busy.status, "1 requests in flight" in busy.error["message"]) == (429, True)
-    await until(lambda: cells(relay) == (1, 1, 0))
+    prompt = len(json.dumps({"model": "demo", "messages": [{"role": "user", "content": "hi"}], "stream": True})) // 4
+    await until(lambda: cells(relay) == (1, prompt + 1, 0))
     for _ in range(2):
         assert (await relay.ask(headers=SEKRET)).status >= 500
     assert cells(relay)[2] == 0
     too_large = await relay.ask(headers=SEKRET, messages=[{"role": "user", "content": "x" * 200_000}])
     assert too_large.status == 413
     assert cells(relay)[2] == 0
+
+
+async def test_who_leaves_before_a_whole_answer_pays_for_the_prompt(relay: Relay) -> None:
+    await start(relay, [Hang()], max_in_flight=1)
+    async with relay.connected() as client:
+        client.chat(headers=SEKRET, messages=[{"role": "user", "content": "x" * 4000}])
+        await until(relay.in_flight)
+        await relay.upstreams[0].request()
+    await until(lambda: cells(relay)[2] == 0)
+    assert 1000 <= cells(relay)[1] <= 1100

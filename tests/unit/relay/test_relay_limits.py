@@ -230,3 +230,14 @@ class TestLedger:
         ledger = Ledger(Usage(tmp_path / "relay-0.usage"))
         ledger.apply({"a": Key("key-1", frozenset({"infer"}))})
         assert ledger.entries["a"].account is None
+
+
+def test_due_times_of_another_boot_are_of_another_clock(tmp_path: Path) -> None:
+    """A machine that started again with fewer relays: the file of one that no longer runs keeps the old clock's."""
+    gone = Usage(tmp_path / "relay-1.usage")
+    gone.cells[3 * ROW_CELLS + usage.REQUESTS_DUE_US] = int(1e15)
+    with (tmp_path / "relay-1.usage").open("r+b") as file:
+        file.seek(8 * usage._BOOT)
+        file.write(b"\1" * 8)
+    [account] = relays(tmp_path, 1, limited(requests_per_minute=60))
+    assert account.enter(1000.0)

@@ -18,7 +18,7 @@ from relay_harness import Client, replica, until
 from scripted_upstream import DONE, END, STREAM_HEAD, ScriptedUpstream, answer, chunk, completion, token
 
 from gateway.observe.exposition import sum_relays
-from gateway.snapshot import Model, Snapshot
+from gateway.snapshot import Key, Model, Snapshot
 
 
 async def serve_snapshots(folder: Path, engine: ScriptedUpstream) -> asyncio.Server:
@@ -155,3 +155,30 @@ async def test_two_relays_share_the_port_and_see_each_others_load(tmp_path: Path
         for client in clients:
             assert (await client.answer()).status == 200
         await until(lambda: sum_relays(tmp_path)["tunegate_in_flight_requests"] == {("r0",): [0]})
+
+
+async def test_a_relay_that_a_defect_made_deaf_to_control_ends(tmp_path: Path) -> None:
+    """Whoever started it starts it again; else it would go by its last picture for ever."""
+    picture = Snapshot(1, (), {}, {})
+    never = Key("key-1", frozenset(), row=1, requests_per_minute=0)  # which control does not make
+    lines = [
+        msgspec.json.encode(news) + b"\n" for news in (picture, msgspec.structs.replace(picture, keys={"0": never}))
+    ]
+
+    async def send(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.writelines(lines)
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_unix_server(send, tmp_path / "snapshots.sock")
+    with socket.create_server(("127.0.0.1", 0)) as listener, (tmp_path / "log").open("wb") as log:
+        argv = command(tmp_path, listener)
+        process = subprocess.Popen(argv, pass_fds=(listener.fileno(),), stderr=log)
+    try:
+        await until(lambda: process.poll() is not None, 20)
+        assert process.returncode == 1
+        assert b"ZeroDivisionError" in (tmp_path / "log").read_bytes()
+    finally:
+        process.kill()
+        process.wait()
+        server.close()

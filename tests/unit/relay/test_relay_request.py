@@ -124,3 +124,19 @@ def test_empty_prompts_are_refused(prompt: bytes) -> None:
 @pytest.mark.parametrize("prompt", [b'" "', b"[1,2]", b'["a","\\"\\""]', b"[[1]]", b"null"])
 def test_other_prompts_pass(prompt: bytes) -> None:
     refuse_empty_prompt(b'{"model":"demo","prompt":%b}' % prompt)
+
+
+@pytest.mark.parametrize("prompt", [b"1e999", b'"\xff"', b"[" * 2000 + b"]" * 2000])
+def test_a_prompt_that_cannot_be_read_is_the_clients_fault(prompt: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        refuse_empty_prompt(b'{"model":"demo","prompt":%b}' % prompt)
+
+
+def test_what_is_nested_too_deep_is_the_clients_fault() -> None:
+    with pytest.raises(InvalidRequest):
+        decode(b'{"model":"demo","x":%b}' % (b"[" * 100_000 + b"]" * 100_000))
+
+
+def test_stream_options_that_cannot_be_read_are_the_clients_fault() -> None:
+    with pytest.raises(InvalidRequest):
+        with_usage(b'{"stream_options":{"\xff":1}}', StreamOptions())

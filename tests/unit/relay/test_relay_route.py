@@ -104,3 +104,10 @@ def test_authentication() -> None:
             authenticate(header, keys, "infer")
         assert "sekret" not in refused.value.message
         assert refused.value.code == "invalid_api_key"
+
+
+@pytest.mark.parametrize("version", ["0" * 70_000, "1234567890", "٣", ""])
+def test_a_version_that_cannot_be_is_not_asked_for(version: str) -> None:
+    cold = Model("french", "demo", "a-1", {}, "", on_demand=True)
+    with pytest.raises(ModelNotFound):
+        table({"demo": BASE, "french": cold}).resolve(f"french@v{version}")

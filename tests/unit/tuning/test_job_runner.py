@@ -1,0 +1,224 @@
+"""What a runner makes of results, of trainers left behind, and of odd input from clients."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from fastapi import Request
+
+from gateway.api import files as files_api
+from gateway.api import fine_tuning
+from gateway.control.service import Service
+from gateway.control.store import Store
+from gateway.control.views import FAILED, READY
+from gateway.errors import InvalidRequest
+from gateway.tuning import runner as module
+from gateway.tuning.files import Files
+from gateway.tuning.jobs import Jobs
+from gateway.tuning.records import Job, Status
+from gateway.tuning.runner import Runner
+from gateway.tuning.store import Objects
+from gateway.tuning.trainer import Place, Trainer
+from tests.support.wait import eventually
+from trainer.data import read_lines
+from trainer.errors import DataError
+
+
+class Adapters:
+    """In the place of the service: takes everything in; engines refuse it where `state` says so."""
+
+    def __init__(self, state: str = READY) -> None:
+        self.state = state
+        self.deleted: list[str] = []
+        self.jobs: Jobs | None = None  # whose job is cancelled while engines load its model
+        self.storage = SimpleNamespace(staging=contextlib.nullcontext)
+
+    async def take_in(self, *_: object) -> tuple[None, bool]:
+        return None, False
+
+    async def settle(self, _version: None, new: bool, _wait_s: float) -> dict[str, Any]:
+        if self.jobs is not None:
+            await self.jobs.cancel("ftjob-1")
+        if new and self.state == FAILED:
+            raise InvalidRequest("the engine refused the adapter")
+        return {"state": self.state, "reason": ""}
+
+    async def delete(self, name: str) -> None:
+        self.deleted.append(name)
+
+
+class Process:
+    """A trainer that lives until it is stopped."""
+
+    def __init__(self) -> None:
+        self.living = True
+
+    def alive(self) -> bool:
+        return self.living
+
+    def stop(self, _grace_s: float) -> None:
+        self.living = False
+
+    def exit_status(self) -> int:
+        return -15
+
+
+@pytest.fixture
+def objects(tmp_path: Path) -> Iterator[Objects]:
+    store = Store(f"sqlite:///{tmp_path / 'registry.db'}")
+    store.migrate()
+    yield Objects(store)
+    store.close()
+
+
+def job(id: str = "ftjob-1", status: Status = Status.RUNNING) -> Job:
+    return Job(
+        id=id, created_at=0, status=status, model="m", training_file="f", validation_file=None, method="supervised",
+        hyperparameters={}, settings={}, seed=0, name="ft:m", config={"method": "sft"}, gate_eval_loss=True,
+    )  # fmt: skip
+
+
+def jobs_of(objects: Objects, folder: Path, service: Adapters, trainer: Any = None) -> Jobs:
+    files = Files(objects, folder / "files")
+    return Jobs(cast(Service, service), objects, files, cast(Trainer, trainer), folder / "jobs")
+
+
+async def published(objects: Objects, folder: Path, service: Adapters, jobs: Jobs) -> Job:
+    """The job after its result was there."""
+    await jobs.files.open()
+    objects.put(job())
+    result = jobs.run_dir(job()) / "adapter"
+    result.mkdir(parents=True)
+    (result / "manifest.json").write_text(json.dumps({"metrics": {"step": 1, "tokens": 1, "eval": {}}}))
+    (result.parent / "events.jsonl").touch()
+    await Runner(jobs)._publish(job())
+    return await jobs.get("ftjob-1")
+
+
+async def test_cancelled_while_it_is_published(tmp_path: Path, objects: Objects) -> None:
+    service = Adapters()
+    service.jobs = jobs = jobs_of(objects, tmp_path, service)
+    done = await published(objects, tmp_path, service, jobs)
+    assert (done.status, done.fine_tuned_model) == (Status.CANCELLED, None)
+    assert service.deleted == [done.name] and not jobs.folder(done).exists()
+    assert not list((tmp_path / "files").iterdir())
+
+
+async def test_refused_after_a_restart(tmp_path: Path, objects: Objects) -> None:
+    service = Adapters(FAILED)
+    done = await published(objects, tmp_path, service, jobs_of(objects, tmp_path, service))
+    assert done.status is Status.FAILED
+
+
+@pytest.mark.parametrize("loss", [None, float("nan")])
+def test_a_loss_that_is_no_number_fails_the_gate(loss: float | None) -> None:
+    figures = {"eval": {"loss": loss}, "base_eval": {"loss": 2.0}}
+    assert "is no number" in module._worse(figures, held_out=True)
+    assert not module._worse({"eval": {}, "base_eval": {}}, held_out=False)
+
+
+@pytest.mark.parametrize("status", [Status.CANCELLED, Status.PAUSED])
+async def test_a_trainer_left_behind_is_followed(tmp_path: Path, objects: Objects, status: Status) -> None:
+    """The next job waits for it."""
+    process = Process()
+    trainer = SimpleNamespace(adopt=lambda id: process if id == "ftjob-1" and process.living else None)
+    jobs = jobs_of(objects, tmp_path, Adapters(), trainer)
+    objects.put(job("ftjob-0", Status.QUEUED))
+    objects.put(job(status=status))
+    jobs.run_dir(job()).mkdir(parents=True)
+    runner = Runner(jobs)
+    assert await runner._look() and await runner._look()
+    assert (await jobs.get("ftjob-0")).status is Status.QUEUED
+    assert not process.living if status is Status.CANCELLED else (jobs.run_dir(job()) / "pause").exists()
+
+
+async def test_a_job_made_during_a_sweep_keeps_its_folder(
+    tmp_path: Path, objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, read = jobs_of(objects, tmp_path, Adapters()), objects.all
+    (tmp_path / "jobs" / "ftjob-stray").mkdir(parents=True)
+
+    def made_meanwhile(*kind: Any) -> list[Any]:
+        found = read(*kind)
+        jobs.folder(job()).mkdir()
+        objects.put(job())
+        return found
+
+    monkeypatch.setattr(objects, "all", made_meanwhile)
+    await jobs.sweep()
+    assert [folder.name for folder in (tmp_path / "jobs").iterdir()] == ["ftjob-1"]
+
+
+@pytest.mark.parametrize("after", ["ftevent-²", "ftevent-" + "9" * 30])
+async def test_odd_event_ids_are_refused(tmp_path: Path, objects: Objects, after: str) -> None:
+    objects.put(job())
+    with pytest.raises(InvalidRequest, match="give the id of an event"):
+        await jobs_of(objects, tmp_path, Adapters()).events("ftjob-1", after, 1)
+
+
+@pytest.mark.parametrize("seconds", ["²", "9" * 5000])
+def test_odd_seconds_are_refused(seconds: str) -> None:
+    with pytest.raises(InvalidRequest, match="expires_after"):
+        files_api._seconds({"expires_after[seconds]": seconds})
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000 + b"]" * 100_000, b'"\xff"'])
+async def test_odd_bodies_are_refused(body: bytes) -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        yield body
+
+    with pytest.raises(InvalidRequest, match="not JSON"):
+        await fine_tuning.read_json(cast(Request, SimpleNamespace(stream=stream)))
+
+
+def test_corrupt_gzip_is_a_data_error(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl.gz"
+    whole = bytearray(gzip.compress(b'{"a": 1}\n' * 50))
+    whole[10:14] = b"\xff\xff\xff\xff"  # behind the header
+    file.write_bytes(whole)
+    with pytest.raises(DataError, match="cannot read"):
+        list(read_lines([file]))
+
+
+def test_a_traceback_is_not_shown(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'Traceback: File \"/secret/path\"' >&2\nexit 1\n")
+    python.chmod(0o755)
+    trainer = Trainer(python, "cpu", Place(tmp_path, tmp_path, 1))
+    with pytest.raises(InvalidRequest) as refused:
+        trainer.check_data(tmp_path / "dataset.jsonl", "mine.jsonl", "sft", "training_file")
+    assert refused.value.message == "the trainer could not check mine.jsonl; the gateway's log says why"
+
+
+def test_a_check_ends_with_control(tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    script = f"from gateway.tuning import trainer; trainer._run(['sh', '-c', 'echo $$ > {mark}; exec sleep 60'], 60)"
+    control = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        pid = int(eventually(lambda: mark.exists() and mark.read_text().strip(), 20))
+    finally:
+        control.kill()
+        control.wait()
+
+    def ended() -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+
+    try:
+        eventually(ended, 5)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
