@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import httpx2
 
 from backends.base import Backend, Endpoint
 from backends.process import EngineStartError
+from tests.support.connections import Connections
 
 
 @dataclass
@@ -47,14 +49,14 @@ class FakeEngine:
         self.endpoint = Endpoint("127.0.0.1", 0, "key")
         self.health_checks = 0
         self._status: int | None = None
-        self._server: asyncio.Server | None = None
-        self._open: dict[asyncio.StreamWriter, asyncio.Task[Any]] = {}
+        self._connections: Connections | None = None
         self._log = ""
         self._loop = asyncio.get_running_loop()
 
     async def listen(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.endpoint = Endpoint("127.0.0.1", self._server.sockets[0].getsockname()[1], "key")
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = Endpoint("127.0.0.1", listener.getsockname()[1], "key")
+        self._connections = Connections(listener, self._serve)
 
     def alive(self) -> bool:
         return self._status is None
@@ -73,41 +75,25 @@ class FakeEngine:
         if self._status is None:
             self._status = status
             self._log = log
-        if self._server is not None:
-            self._server.close()
-        for writer, task in list(self._open.items()):
-            writer.transport.abort()
-            if task is not asyncio.current_task():
-                task.cancel()
+        if self._connections is not None:
+            self._connections.abort()
 
     async def gone(self) -> None:
-        """Return once its connections are closed, which aborting only begins."""
-        while self._open:
-            await asyncio.sleep(0.001)
-        await asyncio.sleep(0)
+        """Return once its connections are closed."""
+        if self._connections is not None:
+            await self._connections.closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._open[writer] = task
-        try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            method, path, _ = head.split(" ", 2)
-            length = next(
-                (int(line.split(":")[1]) for line in head.splitlines() if line.lower().startswith("content-length")), 0
-            )
-            body = json.loads(await reader.readexactly(length)) if length else {}
-            status, answer = await self._answer(method, path, body)
-            text = answer if isinstance(answer, str) else json.dumps(answer)
-            writer.write(
-                f"HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {len(text)}\r\n\r\n{text}".encode()
-            )
-            await writer.drain()
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # the client went away, or this engine died
-        finally:
-            self._open.pop(writer, None)
-            writer.close()
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        method, path, _ = head.split(" ", 2)
+        length = next(
+            (int(line.split(":")[1]) for line in head.splitlines() if line.lower().startswith("content-length")), 0
+        )
+        body = json.loads(await reader.readexactly(length)) if length else {}
+        status, answer = await self._answer(method, path, body)
+        text = answer if isinstance(answer, str) else json.dumps(answer)
+        writer.write(f"HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {len(text)}\r\n\r\n{text}".encode())
+        await writer.drain()
 
     async def _answer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         script = self.script

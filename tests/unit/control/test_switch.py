@@ -171,7 +171,7 @@ class TestReload:
             (tmp_path / "gateway.yaml").write_text("replicas: 1\napi_key: [two]\n")
             await reload.run()
             await until(lambda: [replica.id for replica in world.replicas] == ["r0"])
-            assert [host.closed for host in world.hosts] == [False, True, True]
+            await until(lambda: [host.closed for host in world.hosts] == [False, True, True])
             await until(lambda: len(picture(world).keys) == 1)
             assert world.estate.running.indices == (0,)
 
@@ -200,6 +200,32 @@ class TestReload:
             await switch.wait(5)
             assert switch.show()["switch"]["phase"] == "done"
             await until(lambda: [replica.id for replica in world.replicas] == ["r4", "r5"])
+
+    async def test_a_replacement_waits_until_those_that_a_reload_took_out_are_gone(
+        self, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The device does not hold them and the new engine."""
+        async with start() as world:
+            reload = self.world_of(world, tmp_path, "replicas: 2\n")
+            await reload.run()
+            busy = 1
+
+            async def in_flight(replica: Any) -> int:
+                return busy if replica.index else 0
+
+            monkeypatch.setattr(world.core, "in_flight", in_flight)
+            (tmp_path / "gateway.yaml").write_text("replicas: 1\n")
+            await reload.run()
+            switch = Switch(world.estate)
+            switch.begin(to(world), "replace")
+            await until(lambda: world.hosts[0].closed)
+            await world.core.published()
+            assert len(world.hosts) == 2, "r1 still has its request"
+            busy = 0
+            await switch.wait(5)
+            assert switch.show()["switch"]["phase"] == "done"
+            assert [host.closed for host in world.hosts] == [True, True, False]
+            assert [replica.id for replica in world.replicas] == ["r0"]
 
     @pytest.mark.parametrize(
         "text, words",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from tests.support.connections import Connections
 
 
 @dataclass
@@ -54,29 +57,26 @@ class ScriptedUpstream:
         self.scripts = list(scripts)
         self.seen: list[Seen] = []
         self.connections = 0
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.port = 0  # none yet, or a Unix socket
+        self._open: Connections | None = None
         self.arrived = asyncio.Condition()
 
     async def start(self, path: str | None = None, port: int = 0) -> None:
         """On a port chosen by the system (or given), or at a Unix socket's path."""
         if path is not None:
-            self._server = await asyncio.start_unix_server(self._accept, path)
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(path)
+            listener.listen()
         else:
-            self._server = await asyncio.start_server(self._accept, "127.0.0.1", port)
-
-    @property
-    def port(self) -> int:
-        assert self._server is not None
-        return int(self._server.sockets[0].getsockname()[1])
+            listener = socket.create_server(("127.0.0.1", port))
+            self.port = listener.getsockname()[1]
+        self._open = Connections(listener, self._accept)
 
     async def close(self) -> None:
         """Stop listening and break every connection."""
-        if self._server is not None:
-            self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._open is not None:
+            self._open.abort()
+            await self._open.closed()
 
     async def request(self, number: int = 0) -> Seen:
         """The request of that number, once it has come."""
@@ -85,19 +85,10 @@ class ScriptedUpstream:
         return self.seen[number]
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
         self.connections += 1
         number = self.connections
-        try:
-            while await self._serve(reader, writer, number):
-                pass
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+        while await self._serve(reader, writer, number):
             pass
-        finally:
-            self._tasks.discard(task)
-            writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from scripted_upstream import DONE, END, STREAM_HEAD, answer, chunk, completion,
 from gateway.observe.log import Access, AccessLog
 from gateway.relay.link import Link
 from gateway.snapshot import Applied, Model, Replica, Snapshot
+from tests.support.connections import Connections
 
 
 class Control:
@@ -28,22 +30,23 @@ class Control:
         self.applied: list[Applied] = []
 
     async def start(self) -> None:
-        self.server = await asyncio.start_unix_server(self._accept, self.path)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(self.path))
+        listener.listen()
+        self._open = Connections(listener, self._accept)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writers.append(writer)
         while line := await reader.readline():
             self.applied.append(msgspec.json.decode(line, type=Applied))
-        writer.close()
 
     def send(self, version: int, data: bytes | None = None) -> None:
         snapshot = Snapshot(version, (), {}, {})
         self.writers[-1].write(data if data is not None else msgspec.json.encode(snapshot) + b"\n")
 
     async def stop(self) -> None:
-        self.server.close()
-        for writer in self.writers:
-            writer.transport.abort()
+        self._open.abort()
+        await self._open.closed()
         self.path.unlink(missing_ok=True)
 
 
