@@ -22,7 +22,7 @@ class PairedDifference(msgspec.Struct):
     pairs: int
     blocks: int
     difference: dict[str, Interval]
-    relative_percent: float  # mean difference over the base's mean
+    relative_percent: float | None  # mean difference over the base's mean; None where that is zero
 
     @property
     def significant(self) -> bool:
@@ -81,6 +81,7 @@ def _difference(base: str, other: str, metric: str, blocks: Matched) -> PairedDi
     if not differences:
         return None
     mean = bootstrap_mean(differences)
+    base_mean = float(np.mean(base_values))
     return PairedDifference(
         base=base,
         other=other,
@@ -88,5 +89,5 @@ def _difference(base: str, other: str, metric: str, blocks: Matched) -> PairedDi
         pairs=len(base_values),
         blocks=len(differences),
         difference={"mean": mean} | {name: bootstrap_quantile(differences, q) for name, q in QUANTILES.items()},
-        relative_percent=100 * mean.value / float(np.mean(base_values)),
+        relative_percent=100 * mean.value / base_mean if base_mean else None,
     )

@@ -182,7 +182,7 @@ def paired_rows(paired: list[PairedDifference]) -> list[list[str]]:
             f"{d.title}: {d.other} - {d.base}",
             *(with_error(d.difference[column]) for column in ("mean", "p50")),
             *(number(d.difference[column].value) for column in ("p90", "p99")),
-            f"{d.relative_percent:+.2f} %",
+            "-" if d.relative_percent is None else f"{d.relative_percent:+.2f} %",
             "beyond chance" if d.significant else "noise",
             f"{d.pairs} in {d.blocks}",
         ]

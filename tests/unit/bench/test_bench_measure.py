@@ -27,6 +27,7 @@ from bench.measure.verdict import Level, Verdict
 from bench.measure.verdict import judge_run as judge_readings
 from bench.report.html import render
 from bench.report.live import Silent
+from bench.report.table import paired_rows
 from bench.search import Probe, falls_behind, next_rate
 
 
@@ -156,6 +157,18 @@ def test_interleaved_targets_are_paired_request_by_request() -> None:
     assert added.low < 2.0 < added.high and added.high - added.low < 0.5
     assert found["ttft_ms"].significant and not found["tpot_ms"].significant
     assert found["ttft_ms"].pairs == 300
+
+
+def test_added_time_has_no_share_of_a_base_that_takes_none() -> None:
+    segments = [Segment(n, "load", name, 0, n * 10 * S, 10 * S, 10.0, pair=0) for n, name in enumerate(("a", "b"))]
+    requests = [
+        answer(n, segment.start_ns / MS + n * 100, gap_ms=gap_ms, segment=segment.number, target=segment.target)
+        for segment, gap_ms in zip(segments, (0.0, 5.0), strict=True)  # a: all tokens in one read
+        for n in range(10)
+    ]
+    found = {d.metric: d for d in paired_of(record_of(requests, {}, segments))}
+    assert (found["tpot_ms"].difference["mean"].value, found["tpot_ms"].relative_percent) == (5.0, None)
+    assert "-" in paired_rows([found["tpot_ms"]])[0]
 
 
 def test_compare_names_slower_and_refuses_other_work() -> None:
