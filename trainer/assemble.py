@@ -19,6 +19,7 @@ from typing import Any
 import click
 import torch
 
+from trainer import ranks
 from trainer.checkpoint import CheckpointStore, TrainState, read_weights
 from trainer.config import GrpoConfig, TrainConfig
 from trainer.control import PauseRequest
@@ -50,7 +51,7 @@ class Assembled:
     training: Training
     record: dict[str, Any]
     datasets: dict[str, Dataset]
-    base_facts: Future[dict[str, Any]]
+    base_facts: Future[dict[str, Any]] | None  # of the first process
 
     def finish(self, ending: Ending) -> None:
         """Write the result, unless the run only paused. Raises RunError."""
@@ -70,21 +71,17 @@ def assembled(
     name: stands before its lines where several runs report; alone it has a progress bar.
     """
     directory = config.output_dir
-    datasets = {
-        part: _dataset(config, base, files, directory / part, events)
-        for part, files in (("data", config.dataset), ("eval", config.eval_dataset))
-        if files
-    }
+    datasets = _datasets(config, base, events)
     learner = _learner(config, base)
     with ExitStack() as stack:
         work = stack.enter_context(_work(config, learner, datasets))
         total_steps = config.max_steps or math.ceil(config.epochs * work.source.steps_per_epoch)
         checkpoints = CheckpointStore(directory / "checkpoints", config.keep_checkpoints)
         state = TrainState()
-        if steps := checkpoints.steps():
+        if steps := ranks.lead(checkpoints.steps):
             state = checkpoints.restore(learner, steps[-1])
         record = _record(config, datasets, learner, total_steps)
-        if not (directory / RECORD).exists():
+        if ranks.is_first() and not (directory / RECORD).exists():
             (directory / RECORD).write_text(json.dumps(record, indent=2))
         events.write("resumed" if state.step else "started", step=state.step, total_steps=total_steps)
         background = stack.enter_context(ThreadPoolExecutor(1))
@@ -97,14 +94,14 @@ def assembled(
             total_steps=total_steps,
             checkpoints=checkpoints,
             events=events,
-            view=stack.enter_context(ProgressView(total_steps, state.step, name)),
+            view=stack.enter_context(ProgressView(total_steps, state.step, name, shown=ranks.is_first())),
             pause=pause,
             state=state,
             best_tokens_per_s=best_tokens_per_s(learner),
         )
         # Reading all weights again takes a while for a large model; it is needed at the end only.
-        base_facts = background.submit(describe_base, base.path, base.tokenizer)
-        yield Assembled(run, record, datasets, base_facts)
+        facts = background.submit(describe_base, base.path, base.tokenizer) if ranks.is_first() else None
+        yield Assembled(run, record, datasets, facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +135,21 @@ def _work(config: TrainConfig, learner: Learner, datasets: dict[str, Dataset]) -
 
 
 def _export(
-    run: Training, record: dict[str, Any], datasets: dict[str, Dataset], base_facts: Future[dict[str, Any]]
+    run: Training, record: dict[str, Any], datasets: dict[str, Dataset], base_facts: Future[dict[str, Any]] | None
 ) -> None:
     """Write the result: of the best evaluated step where there is an eval set, else of the last."""
     state, config = run.state, run.config
-    step = state.best_step if state.best_step is not None and state.best_step in run.checkpoints.steps() else state.step
+    kept = ranks.lead(run.checkpoints.steps)
+    step = state.best_step if state.best_step is not None and state.best_step in kept else state.step
     if step != state.step:
         read_weights(run.learner, run.checkpoints.path(step))
     losses = curve(config.output_dir / EVENTS)
+    golden = golden_answers(run.learner, datasets.get("eval") or datasets["data"], config.golden_prompts)
     manifest = {
         "kind": "adapter" if run.learner.adapter else "checkpoint",
         "created": now(),
         "method": config.method,
-        "base": base_facts.result(),
+        "base": base_facts.result() if base_facts else None,
         "data": record["data"],
         "config": config.model_dump(mode="json"),
         "software": record["software"],
@@ -165,7 +164,7 @@ def _export(
             "trained_tokens": state.trained_tokens,
             "seconds": round(state.seconds, 1),
         },
-        "golden": golden_answers(run.learner, datasets.get("eval") or datasets["data"], config.golden_prompts),
+        "golden": golden,
     }
     try:
         export(run.learner, result_directory(config), manifest)
@@ -199,24 +198,38 @@ def _learner(config: TrainConfig, base: BaseModel) -> Learner:
     return Learner(base, adapter, weight_decay=config.weight_decay)
 
 
+def _datasets(config: TrainConfig, base: BaseModel, events: EventLog) -> dict[str, Dataset]:
+    """Made by the first process; the others open what it left."""
+    made: dict[str, Dataset] = {}
+    parts = {"data": config.dataset, "eval": config.eval_dataset}
+
+    def make() -> None:
+        for part, origins in parts.items():
+            if origins:
+                made[part] = _dataset(config, base, origins, config.output_dir / part, events)
+
+    ranks.lead(make)
+    return made or {part: TokenDataset(config.output_dir / part) for part, origins in parts.items() if origins}
+
+
 def _dataset(
-    config: TrainConfig, base: BaseModel, files: tuple[Path, ...], directory: Path, events: EventLog
+    config: TrainConfig, base: BaseModel, origins: tuple[str, ...], directory: Path, events: EventLog
 ) -> Dataset:
-    """The tokenised files: what an earlier start of this run left, or made now and compared with its record."""
+    """The tokenised rows: what an earlier start of this run left, or made now and compared with its record."""
     if (directory / "meta.json").is_file():
         return TokenDataset(directory)
     dataset: Dataset
     if isinstance(config, GrpoConfig):
-        dataset = read_prompts(config, base, files)
+        dataset = read_prompts(config, base, origins)
     else:
         tokenise = tokeniser(config, base)
-        dataset = prepare(files, tokenise, directory, max_length=config.max_length, overlong=config.overlong)
+        dataset = prepare(origins, tokenise, directory, max_length=config.max_length, overlong=config.overlong)
     record_file = config.output_dir / RECORD
     if record_file.is_file():
         before = json.loads(record_file.read_text())["data"][directory.name]["sha256"]
         if before != dataset.meta.sha256:
             shutil.rmtree(directory, ignore_errors=True)
-            raise DataError(f"{', '.join(map(str, files))} changed since the run began; start a new run with it")
+            raise DataError(f"{', '.join(origins)} changed since the run began; start a new run with it")
     meta = dataset.meta
     if meta.dropped or meta.truncated:
         message = f"{meta.dropped} examples dropped, {meta.truncated} truncated: over {config.max_length} tokens"
@@ -233,6 +246,7 @@ def _record(config: TrainConfig, datasets: dict[str, Dataset], learner: Learner,
         "software": {name: _version(name) for name in ("tunegate", "torch", "transformers", "tokenizers", "numpy")}
         | {"python": platform.python_version()},
         "device": str(learner.base.device),
+        "processes": ranks.count(),
         "threads": torch.get_num_threads(),
         "dtype": str(learner.base.dtype).removeprefix("torch."),
         "model": str(learner.base.path),

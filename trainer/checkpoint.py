@@ -11,11 +11,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from trainer import ranks, sharding
 from trainer.errors import CheckpointError
 from trainer.learner import Learner
 from trainer.peft_files import copy_tensors, load_adapter, load_tensors, save_adapter, save_tensors
@@ -41,9 +44,7 @@ class CheckpointStore:
 
     def __init__(self, directory: Path, keep: int) -> None:
         self._directory, self._keep = directory, keep
-        directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob("*.partial"):
-            shutil.rmtree(leftover)
+        ranks.lead(self._tidy)
 
     def __repr__(self) -> str:
         return f"<CheckpointStore {' '.join(str(step) for step in self.steps()) or 'empty'}>"
@@ -57,26 +58,25 @@ class CheckpointStore:
         return self._directory / f"step-{step:08d}"
 
     def save(self, learner: Learner, state: TrainState) -> Path:
-        """Write a checkpoint, then drop those past retention. Raises CheckpointError; earlier ones stay whole."""
+        """Write a checkpoint, then drop those past retention. Raises CheckpointError; earlier ones stay whole.
+
+        Every process calls it and gives its shards; the first writes.
+        """
         final = self.path(state.step)
-        if final.exists():
+        if ranks.lead(final.exists):
             # Same weights; only an evaluation's outcome can be new.
-            _replace_text(final / "state.json", json.dumps(asdict(state)))
+            ranks.lead(lambda: _replace_text(final / "state.json", json.dumps(asdict(state))))
             return final
         partial = final.with_suffix(".partial")
         try:
-            partial.mkdir()
+            ranks.lead(partial.mkdir)
             write_weights(learner, partial)
             _write_optimizer(learner, partial / "optimizer.safetensors")
-            (partial / "state.json").write_text(json.dumps(asdict(state)))
-            for file in (*partial.iterdir(), partial):
-                _sync(file)
-            partial.rename(final)
-            _sync(self._directory)
+            ranks.lead(lambda: self._complete(partial, final, state))
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            if ranks.is_first():
+                shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"no checkpoint at step {state.step}: {error}; earlier ones are whole") from error
-        self._prune({state.step, state.best_step})
         return final
 
     def restore(self, learner: Learner, step: int) -> TrainState:
@@ -86,6 +86,20 @@ class CheckpointStore:
         _read_optimizer(learner, directory / "optimizer.safetensors")
         return TrainState(**json.loads((directory / "state.json").read_text()))
 
+    def _tidy(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self._directory.glob("*.partial"):
+            shutil.rmtree(leftover)
+
+    def _complete(self, partial: Path, final: Path, state: TrainState) -> None:
+        """Weights and moments lie in `partial`: make a checkpoint of it."""
+        (partial / "state.json").write_text(json.dumps(asdict(state)))
+        for file in (*partial.iterdir(), partial):
+            _sync(file)
+        partial.rename(final)
+        _sync(self._directory)
+        self._prune({state.step, state.best_step})
+
     def _prune(self, keep_also: set[int | None]) -> None:
         for step in self.steps()[: -self._keep]:
             if step not in keep_also:
@@ -93,13 +107,17 @@ class CheckpointStore:
 
 
 def write_weights(learner: Learner, directory: Path) -> None:
-    """What is trained, into an existing directory. Raises OSError."""
-    if learner.adapter is not None:
-        save_adapter(learner.adapter, directory, str(learner.base.path))
+    """What is trained, into an existing directory; every process calls it, the first writes. Raises OSError."""
+    if (adapter := learner.adapter) is not None:
+        ranks.lead(lambda: save_adapter(adapter, directory, str(learner.base.path)))
     else:
-        save_tensors(
-            {name: p.detach().cpu().contiguous() for name, p in learner.parameters.items()}, directory / _FULL_WEIGHTS
-        )
+        weights = whole_weights(learner)
+        ranks.lead(lambda: save_tensors(weights, directory / _FULL_WEIGHTS))
+
+
+def whole_weights(learner: Learner) -> dict[str, torch.Tensor]:
+    """Every trained parameter on the host of the first process; every process calls it, the others get nothing."""
+    return _collected((name, part.detach(), learner.parameters[name]) for name, part in learner.own.items())
 
 
 def read_weights(learner: Learner, directory: Path) -> None:
@@ -111,14 +129,26 @@ def read_weights(learner: Learner, directory: Path) -> None:
         copy_tensors(load_tensors(file), dict(learner.parameters), file)
 
 
+def _collected(parts: Iterable[tuple[str, torch.Tensor, nn.Parameter]]) -> dict[str, torch.Tensor]:
+    """(name, what this process holds, the parameter that it is laid out as) -> whole tensors, on the first process."""
+    found = {}
+    for name, part, parameter in parts:
+        tensor = sharding.whole(part, parameter)
+        if ranks.is_first():
+            found[name] = tensor.cpu().contiguous()
+    return found
+
+
 def _write_optimizer(learner: Learner, file: Path) -> None:
     tensors = {"rng.cpu": torch.get_rng_state()}
     if learner.base.device.type == "cuda":
         tensors["rng.cuda"] = torch.cuda.get_rng_state(learner.base.device)
-    for name, parameter in learner.parameters.items():
-        for key, value in learner.optimizer.state[parameter].items():
-            tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
-    save_tensors(tensors, file)
+    tensors |= _collected(
+        (f"{key}/{name}", value.detach(), learner.parameters[name])
+        for name, part in learner.own.items()
+        for key, value in learner.optimizer.state[part].items()
+    )
+    ranks.lead(lambda: save_tensors(tensors, file))
 
 
 def _read_optimizer(learner: Learner, file: Path) -> None:
@@ -129,8 +159,9 @@ def _read_optimizer(learner: Learner, file: Path) -> None:
         torch.cuda.set_rng_state(cuda_rng, learner.base.device)
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
-        parameter = learner.parameters[name]
-        learner.optimizer.state[parameter][kind] = value.to(parameter.device)
+        part = learner.own[name]
+        held = sharding.part_of(value, learner.parameters[name])
+        learner.optimizer.state[part][kind] = held.to(part.device, copy=True)
 
 
 def _replace_text(file: Path, text: str) -> None:

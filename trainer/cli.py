@@ -17,10 +17,13 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from trainer import config as configs
+from trainer import extras, graders
 from trainer.control import PauseRequest
 from trainer.data import validate
 from trainer.errors import TrainError
 from trainer.formats import FormatName, parse_conversation, parse_labelled, parse_preference, parse_prompt
+from trainer.launch import EXIT_PAUSED, launch
+from trainer.swift import import_command
 
 _PARSERS: dict[str, Callable[[dict[str, Any], FormatName], object]] = {
     "sft": parse_conversation,
@@ -28,7 +31,8 @@ _PARSERS: dict[str, Callable[[dict[str, Any], FormatName], object]] = {
     "grpo": parse_prompt,
 }
 _GOLDEN_PROMPTS = ("What can you do for me?", "Write one sentence about cats.", "What is 17 + 25?")
-EXIT_PAUSED = 75  # EX_TEMPFAIL: run `train resume` to go on
+_PROCESSES = click.IntRange(min=1)
+_PROCESSES_HELP = "Start so many processes on this machine, a device each; needs --parallel."
 
 
 @click.group()
@@ -37,14 +41,18 @@ def train() -> None:
 
 
 def _method_command(method: str, schema: type[configs.TrainConfig]) -> click.Command:
-    def run(config_file: Path | None, print_config: bool, **flags: Any) -> None:
+    def run(config_file: Path | None, print_config: bool, processes: int | None = None, **flags: Any) -> None:
         with _shown_as_click_error():
             config = configs.load(method, config_file, _given(flags, schema))
             if print_config:
                 click.echo(configs.dump(config), nl=False)
                 return
+            if processes and config.parallel == "none":
+                raise click.UsageError("--processes needs --parallel ddp or fsdp")
+            _launch(processes)
             _exit(_runs().start(config), config.output_dir)
 
+    can_share = bool(schema.model_fields["parallel"].json_schema_extra)
     run.__doc__ = f"{schema.__doc__} A flag wins over the file."
     command = click.command(method, cls=_GroupedCommand)(run)
     command.params = [
@@ -52,6 +60,7 @@ def _method_command(method: str, schema: type[configs.TrainConfig]) -> click.Com
             ["--config", "config_file"], type=click.Path(path_type=Path), help="YAML file with the keys below."
         ),
         click.Option(["--print-config"], is_flag=True, help="Print the resolved configuration and stop."),
+        *([click.Option(["--processes"], type=_PROCESSES, help=_PROCESSES_HELP)] if can_share else []),
         *(_option(name, info) for name, info in schema.model_fields.items() if info.json_schema_extra),
     ]
     return command
@@ -59,9 +68,11 @@ def _method_command(method: str, schema: type[configs.TrainConfig]) -> click.Com
 
 @train.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
-def resume(run_dir: Path) -> None:
+@click.option("--processes", type=_PROCESSES, help=_PROCESSES_HELP)
+def resume(run_dir: Path, processes: int | None) -> None:
     """Go on with a paused, killed or failed run, exactly where its last checkpoint stands."""
     with _shown_as_click_error():
+        _launch(processes)
         _exit(_runs().resume(run_dir), run_dir)
 
 
@@ -100,15 +111,35 @@ def golden(model: str, adapter: Path, prompts: tuple[str, ...]) -> None:
 
 
 @train.command("check-data")
-@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("data", nargs=-1, required=True)
 @click.option("--method", type=click.Choice(list(configs.CONFIGS)), default="sft", show_default=True)
 @click.option("--data-format", type=click.Choice(typing.get_args(FormatName)), default="auto", show_default=True)
-def check_data(files: tuple[Path, ...], method: str, data_format: FormatName) -> None:
-    """Check JSONL files line by line, without a model: every bad line is named."""
+@click.option("--grader", type=click.Path(path_type=Path), help="Of prompts: a grader's JSON file, which reads them.")
+def check_data(data: tuple[str, ...], method: str, data_format: FormatName, grader: Path | None) -> None:
+    """Check data row by row, without a model: every bad row is named. DATA is what --dataset takes."""
     parse = _PARSERS.get(method, parse_preference)
     with _shown_as_click_error():
-        summary = validate(files, lambda row: parse(row, data_format))
+        judge = graders.read(grader) if grader else None
+
+        def check(row: dict[str, Any]) -> None:
+            parse(row, data_format)
+            if judge is not None:
+                graders.check_item(judge, row)
+
+        extras.require(extras.packages_of(data))
+        summary = validate(data, check)
     click.echo(f"{summary.examples} good examples, sha256 {summary.sha256}")
+
+
+@train.command("import-swift", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def import_swift(command: tuple[str, ...]) -> None:
+    """Print a command line of ms-swift (COMMAND: swift sft --model ...) as a YAML file for --config.
+
+    Comments in it name what could not be taken over, and what means something else here.
+    """
+    with _shown_as_click_error():
+        click.echo(import_command(command), nl=False)
 
 
 def _runs() -> ModuleType:
@@ -128,11 +159,23 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def _launch(processes: int | None) -> None:
+    """Where it is asked for, have this very command done by so many processes and end as they do; they come by here."""
+    if processes is not None and os.environ.get("WORLD_SIZE") != str(processes):
+        by_gateway = sys.argv[1] == train.name
+        sys.exit(launch(processes, sys.argv[2:] if by_gateway else sys.argv[1:]))
+
+
 def _exit(ending: str, directory: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+        if ending == "paused":
+            count = os.environ.get("WORLD_SIZE")
+            again = f"gateway train resume {directory}{f' --processes {count}' if count else ''}"
+            click.echo(f"paused; go on with `{again}`", err=True)
+        else:
+            click.echo(f"{ending}: {directory}")
     if ending == "paused":
-        click.echo(f"paused; go on with `gateway train resume {directory}`", err=True)
         sys.exit(EXIT_PAUSED)
-    click.echo(f"{ending}: {directory}")
 
 
 class _shown_as_click_error:  # reads as a function where it is used
@@ -143,7 +186,8 @@ class _shown_as_click_error:  # reads as a function where it is used
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, TrainError):
-            raise click.ClickException(str(error)) from error
+            rank = os.environ.get("RANK", "0")
+            raise click.ClickException(str(error) if rank == "0" else f"process {rank}: {error}") from error
 
 
 class _Option(click.Option):

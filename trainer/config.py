@@ -14,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from trainer.errors import ConfigError
 from trainer.formats import FormatName
+from trainer.origins import parse_origin
 
 Method = Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo"]
 Schedule = Literal["cosine", "linear", "constant"]
 DTypeName = Literal["auto", "bfloat16", "float32"]
+ReporterName = Literal["tensorboard", "wandb"]
 
 
 def _option(default: Any, group: str, help: str, **rules: Any) -> Any:
@@ -26,7 +28,6 @@ def _option(default: Any, group: str, help: str, **rules: Any) -> Any:
 
 
 _MODEL, _LORA, _DATA, _OPTIM, _METHOD, _RUN = "Model", "LoRA", "Data", "Optimisation", "Method", "Run"
-_ROLLOUT = "Rollouts"
 _ROLLOUT = "Rollouts"
 
 
@@ -42,6 +43,9 @@ class TrainConfig(BaseModel):
     dtype: DTypeName = _option("auto", _MODEL, "Weights and activations. auto: bfloat16 on cuda, float32 on cpu.")
     tuning: Literal["lora", "full"] = _option("lora", _MODEL, "Train an adapter, or every parameter (in float32).")
     gradient_checkpointing: bool = _option(False, _MODEL, "Less memory for about a third more time.")
+    parallel: Literal["none", "ddp", "fsdp"] = _option(
+        "none", _MODEL, "Several processes, a device each: ddp copies the model to each, fsdp shares its layers out."
+    )
     compile: bool = _option(
         False, _MODEL, "torch.compile the layers: a slow first step, faster and smaller ones after."
     )
@@ -58,9 +62,16 @@ class TrainConfig(BaseModel):
     lora_rank_pattern: dict[str, int] = _option({}, _LORA, "REGEX=RANK for modules that differ; repeatable.")
     lora_alpha_pattern: dict[str, float] = _option({}, _LORA, "REGEX=ALPHA for modules that differ; repeatable.")
 
-    dataset: tuple[Path, ...] = _option(..., _DATA, "JSONL file, plain or .gz; repeatable.", min_length=1)
+    dataset: tuple[str, ...] = _option(
+        ...,
+        _DATA,
+        "File of JSON lines (or .gz), .parquet, folder, or hub id OWNER/NAME[:[SUBSET:]SPLIT]; #N: the first N rows; "
+        "repeatable.",
+        min_length=1,
+    )
     data_format: FormatName = _option("auto", _DATA, "Format of the rows. auto: told from each row's keys.")
-    eval_dataset: tuple[Path, ...] = _option((), _DATA, "Held-out JSONL; repeatable.")
+    eval_dataset: tuple[str, ...] = _option((), _DATA, "Held-out data, named the same way; repeatable.")
+    system: str | None = _option(None, _DATA, "System message for the rows that have none.")
     max_length: int = _option(2048, _DATA, "Longest sequence, in tokens.", ge=8)
     overlong: Literal["drop", "truncate", "error"] = _option("drop", _DATA, "What to do with longer examples.")
     shuffle: bool = _option(True, _DATA, "A new order every epoch, drawn from the seed.")
@@ -88,12 +99,14 @@ class TrainConfig(BaseModel):
     early_stopping: int | None = _option(None, _RUN, "Stop after this many evaluations without improvement.", ge=1)
     save_every: int | None = _option(None, _RUN, "Steps between checkpoints. Default: at the end and on pause.", ge=1)
     keep_checkpoints: int = _option(2, _RUN, "Newest checkpoints to keep, beside the best.", ge=1)
+    report_to: tuple[ReporterName, ...] = _option((), _RUN, "Where else the numbers of the log go; repeatable.")
     golden_prompts: int = _option(4, _RUN, "Prompts whose greedy answers go into the manifest.", ge=0)
 
-    @field_validator("dataset", "eval_dataset")
+    @field_validator("dataset", "eval_dataset", mode="before")
     @classmethod
-    def _absolute_files(cls, paths: tuple[Path, ...]) -> tuple[Path, ...]:
-        return tuple(path.expanduser().absolute() for path in paths)
+    def _resolved_origins(cls, given: Any) -> Any:
+        """So that the run can be resumed from elsewhere."""
+        return tuple(str(parse_origin(str(text))) for text in given) if isinstance(given, list | tuple) else given
 
     @field_validator("output_dir")
     @classmethod
@@ -106,6 +119,8 @@ class TrainConfig(BaseModel):
             raise ValueError("`early_stopping` needs `eval_dataset` and `eval_every`")
         if self.eval_every and not self.eval_dataset:
             raise ValueError("`eval_every` needs `eval_dataset`")
+        if self.parallel == "fsdp" and (self.compile or self.oom_backoff):
+            raise ValueError("`parallel: fsdp` works without `compile` and `oom_backoff`; `ddp` takes both")
         return self
 
     @property
@@ -172,6 +187,7 @@ class GrpoConfig(TrainConfig):
 
     method: Literal["grpo"] = "grpo"
     tuning: Literal["lora"] = "lora"
+    parallel: Literal["none"] = "none"
     train_on: Literal["assistant"] = "assistant"
     overlong: Literal["drop", "error"] = _option("drop", _DATA, "What to do with prompts that leave no room to answer.")
     batch_size: int = _option(8, _OPTIM, "Prompts per optimizer step.", ge=1)
@@ -184,7 +200,7 @@ class GrpoConfig(TrainConfig):
     rollout_ahead: bool = _option(False, _ROLLOUT, "Sample the next step's answers while this step trains.")
     rollout_timeout_s: float = _option(600.0, _ROLLOUT, "Longest wait for one answer.", gt=0)
     reward: tuple[str, ...] = _option(
-        ..., _ROLLOUT, "`accuracy`, `format`, or FILE.py:FUNCTION; repeatable.", min_length=1
+        ..., _ROLLOUT, "`accuracy`, `format`, FILE.json of a grader, or FILE.py:FUNCTION; repeatable.", min_length=1
     )
     reward_weight: tuple[float, ...] = _option((), _ROLLOUT, "A weight for each reward. Default: 1 each.")
     reward_timeout_s: float = _option(60.0, _ROLLOUT, "Time limit of one call of a reward plug-in.", gt=0)
@@ -201,9 +217,10 @@ class GrpoConfig(TrainConfig):
     @classmethod
     def _absolute_plugins(cls, rewards: tuple[str, ...]) -> tuple[str, ...]:
         """So that the run can be resumed from elsewhere."""
-        split = [reward.rpartition(":") for reward in rewards]
+        split = [(reward, "", "") if reward.endswith(".json") else reward.rpartition(":") for reward in rewards]
         return tuple(
-            f"{Path(file).expanduser().absolute()}:{function}" if colon else function for file, colon, function in split
+            f"{Path(file).expanduser().absolute()}{colon}{function}" if file else function
+            for file, colon, function in split
         )
 
     @model_validator(mode="after")
@@ -288,6 +305,8 @@ def _check_together(runs: list[TrainConfig]) -> None:
                 raise ConfigError(f"runs[{i}]: `{key}` must be the same for all runs: they share the model")
         if run.oom_backoff:
             raise ConfigError(f"runs[{i}]: `oom_backoff` does not work for runs that share rows; lower the row size")
+        if run.parallel != "none":
+            raise ConfigError(f"runs[{i}]: `parallel` does not work for runs that share rows; use one process")
         if run.tuning != "lora" or isinstance(run, GrpoConfig):
             raise ConfigError(f"runs[{i}]: only LoRA runs on a dataset can be trained together")
         if run.output_dir in [other.output_dir for other in runs[:i]]:
@@ -322,7 +341,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _normalised(given: dict[Any, Any]) -> dict[str, Any]:
     values = {str(key).replace("-", "_"): value for key, value in given.items()}
     # One file, pattern or name may be written without the list around it.
-    for key in ("dataset", "eval_dataset", "lora_target", "reward"):
+    for key in ("dataset", "eval_dataset", "lora_target", "reward", "report_to"):
         if isinstance(values.get(key), str):
             values[key] = [values[key]]
     return values

@@ -1,4 +1,4 @@
-"""JSONL files, plain or .gz, read line by line in bounded memory. Every bad line is named by number."""
+"""Rows of data as lines of JSON, read one by one in bounded memory. Every bad line is named by number."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from trainer.errors import DataError, RowError
+from trainer.origins import Origin, parse_origin
+from trainer.tables import table_lines
 
 MAX_LINE_BYTES = 32 * 2**20
 _FAULTS_SHOWN = 20
@@ -21,9 +24,9 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One non-empty line of a file."""
+    """One row, as it stands in a file of lines or as a table's row reads there."""
 
-    file: Path
+    origin: Origin
     number: int  # from 1
     text: bytes
 
@@ -39,7 +42,7 @@ class Faults:
         """Note one bad line."""
         self.count += 1
         if len(self.shown) < _FAULTS_SHOWN:
-            self.shown.append(f"{line.file.name} line {line.number}: {message}")
+            self.shown.append(f"{line.origin.name_of_row(line.number)}: {message}")
 
     def raise_if_any(self) -> None:
         """Raise DataError with the collected messages."""
@@ -49,22 +52,32 @@ class Faults:
             raise DataError("\n".join([f"{self.count} bad line(s) in the training data:", *self.shown, *more]))
 
 
-def read_lines(files: Sequence[Path], digest: Any = None) -> Iterator[Line]:
-    """Non-empty lines in order; `digest` (a hashlib object) is fed every byte. Raises DataError."""
-    for file in files:
-        try:
-            with _open(file) as stream:
-                number = 0
-                while raw := stream.readline(MAX_LINE_BYTES + 1):
-                    number += 1
-                    if len(raw) > MAX_LINE_BYTES:
-                        raise DataError(f"{file} line {number} is over {MAX_LINE_BYTES >> 20} MiB")
-                    if digest is not None:
-                        digest.update(raw)
-                    if text := raw.strip():
-                        yield Line(file, number, text)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"cannot read {file}: {error}") from error
+def read_lines(origins: Sequence[str | Path], digest: Any = None) -> Iterator[Line]:
+    """Non-empty lines in order; `digest` (a hashlib object) is fed every byte of the lines read. Raises DataError."""
+    for text in origins:
+        origin = parse_origin(str(text))
+        yield from islice(_lines_of(origin, digest), origin.rows)
+
+
+def _lines_of(origin: Origin, digest: Any) -> Iterator[Line]:
+    lines = table_lines(origin) if origin.package else _file_lines(Path(origin.place))
+    for number, raw in enumerate(lines, 1):
+        if len(raw) > MAX_LINE_BYTES:
+            raise DataError(f"{origin.name_of_row(number)} is over {MAX_LINE_BYTES >> 20} MiB")
+        if digest is not None:
+            digest.update(raw)
+        if text := raw.strip():
+            yield Line(origin, number, text)
+
+
+def _file_lines(file: Path) -> Iterator[bytes]:
+    """Lines as they are; one that is too long is cut. Raises DataError."""
+    try:
+        with _open(file) as stream:
+            while raw := stream.readline(MAX_LINE_BYTES + 1):
+                yield raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {file}: {error}") from error
 
 
 def parse_line(line: Line, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
@@ -89,13 +102,13 @@ class Summary:
     """What a validation pass saw."""
 
     examples: int
-    sha256: str  # of the uncompressed bytes of all files, in order
+    sha256: str  # of the uncompressed lines, in order
 
 
-def validate(files: Sequence[Path], parse: Callable[[dict[str, Any]], object]) -> Summary:
+def validate(origins: Sequence[str | Path], parse: Callable[[dict[str, Any]], object]) -> Summary:
     """Check every line without keeping any. Raises DataError that names the bad lines."""
     digest, faults, examples = hashlib.sha256(), Faults(), 0
-    for line in read_lines(files, digest):
+    for line in read_lines(origins, digest):
         try:
             parse_line(line, parse)
             examples += 1
@@ -103,7 +116,7 @@ def validate(files: Sequence[Path], parse: Callable[[dict[str, Any]], object]) -
             faults.add(line, str(error))
     faults.raise_if_any()
     if not examples:
-        raise DataError(f"no examples in {', '.join(map(str, files))}")
+        raise DataError(f"no examples in {', '.join(map(str, origins))}")
     return Summary(examples, digest.hexdigest())
 
 

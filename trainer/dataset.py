@@ -1,4 +1,4 @@
-"""The tokenised data of a run, on disk: made in one pass over the files, mapped into memory, random access after.
+"""The tokenised data of a run, on disk: made in one pass over the rows, mapped into memory, random access after.
 
     tokens.i32     all token ids, sequence after sequence
     weights.f32    beside each token its weight as a target
@@ -86,7 +86,7 @@ class TokenDataset:
 
 
 def prepare(
-    files: Sequence[Path],
+    origins: Sequence[str | Path],
     tokenise: Tokenise,
     directory: Path,
     *,
@@ -94,13 +94,13 @@ def prepare(
     overlong: str,
     on_progress: Callable[[int], None] = lambda examples: None,
 ) -> TokenDataset:
-    """Tokenise the files into `directory`, in bounded memory. Raises DataError that names every bad line."""
+    """Tokenise the rows into `directory`, in bounded memory. Raises DataError that names every bad line."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     writer = _Writer(directory, max_length, overlong)
     digest, faults = hashlib.sha256(), Faults()
     try:
-        for count, line in enumerate(read_lines(files, digest), 1):
+        for count, line in enumerate(read_lines(origins, digest), 1):
             try:
                 writer.add(parse_line(line, tokenise))
             except RowError as error:
@@ -112,7 +112,7 @@ def prepare(
     finally:
         writer.abandon()
     if not meta.examples:
-        given = ", ".join(map(str, files))
+        given = ", ".join(map(str, origins))
         raise DataError(
             f"no example of {given} fits into max_length {max_length} tokens: raise it, or set --overlong truncate"
             if meta.dropped

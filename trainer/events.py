@@ -9,24 +9,49 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from trainer.reporters import Reporter
+
 
 class EventLog:
-    """Appends to `events.jsonl`. A full disk costs lines of the log, never the training."""
+    """Appends to `events.jsonl`, and tells reporters. A full disk costs lines of the log, never the training."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, reporters: Sequence[Reporter] = ()) -> None:
         self._file = file
+        self._reporters = list(reporters)
         _cut_torn_line(file)
         self._stream = file.open("ab", buffering=0)
         self._torn = False
 
     def write(self, type: str, **fields: Any) -> None:
         """Append one event."""
-        line = json.dumps({"time": round(time.time(), 3), "type": type, **fields}) + "\n"
+        event = {"time": round(time.time(), 3), "type": type, **fields}
+        self._append(json.dumps(event) + "\n")
+        for reporter in list(self._reporters):
+            try:
+                reporter.write(event)
+            except OSError as error:
+                self._lose(reporter, error)
+
+    def close(self) -> None:
+        """Close the file and the reporters."""
+        self._stream.close()
+        for reporter in list(self._reporters):
+            try:
+                reporter.close()
+            except OSError as error:
+                self._lose(reporter, error)
+
+    def _lose(self, reporter: Reporter, error: OSError) -> None:
+        self._reporters.remove(reporter)
+        click.echo(f"warning: no more numbers go to {type(reporter).__name__}: {error}", err=True)
+
+    def _append(self, line: str) -> None:
         try:
             # After a write that broke off, the next line starts on a line of its own.
             self._stream.write(b"\n" * self._torn + line.encode())
@@ -35,10 +60,6 @@ class EventLog:
             if not self._torn:
                 click.echo(f"warning: {self._file} cannot be written: {error}", err=True)
             self._torn = True
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
 
 
 def read_events(file: Path) -> list[dict[str, Any]]:

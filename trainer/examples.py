@@ -7,7 +7,7 @@ from dataclasses import replace
 from trainer.config import KtoConfig, PreferenceConfig, TrainConfig
 from trainer.dataset import Tokenise
 from trainer.errors import RowError
-from trainer.formats import Conversation, Row, parse_conversation, parse_labelled, parse_preference
+from trainer.formats import Conversation, Row, parse_conversation, parse_labelled, parse_preference, with_system
 from trainer.masks import ChatTemplate, TokenSequence
 from trainer.model import BaseModel
 
@@ -21,17 +21,22 @@ def tokeniser(config: TrainConfig, base: BaseModel) -> Tokenise:
         train_on_thinking=config.train_on_thinking,
     )
 
+    def sequences(parsed: Conversation) -> list[TokenSequence]:
+        messages = with_system(parsed.messages, config.system)
+        weights = [0.0] * (len(messages) - len(parsed.messages)) + parsed.weights
+        return template.sequences(Conversation(messages, weights, parsed.tools))
+
     def conversation(row: Row) -> list[TokenSequence]:
         parsed = parse_conversation(row, config.data_format)
-        return template.sequences(_last_turn_only(parsed) if config.train_on == "last" else parsed)
+        return sequences(_last_turn_only(parsed) if config.train_on == "last" else parsed)
 
     def preference(row: Row) -> list[TokenSequence]:
         parsed = parse_preference(row, config.data_format)
-        return template.sequences(parsed.chosen) + template.sequences(parsed.rejected)
+        return sequences(parsed.chosen) + sequences(parsed.rejected)
 
     def labelled(row: Row) -> list[TokenSequence]:
         parsed = parse_labelled(row, config.data_format)
-        return [replace(sequence, good=parsed.good) for sequence in template.sequences(parsed.conversation)]
+        return [replace(sequence, good=parsed.good) for sequence in sequences(parsed.conversation)]
 
     if isinstance(config, KtoConfig):
         return labelled

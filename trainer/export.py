@@ -13,26 +13,48 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import write_weights
+import torch
+
+from trainer import ranks
+from trainer.checkpoint import whole_weights, write_weights
 from trainer.learner import Learner
+from trainer.model import BaseModel
 
 MANIFEST = "manifest.json"
 _HASH_BLOCK_BYTES = 2**22
 
 
 def export(learner: Learner, directory: Path, manifest: dict[str, Any]) -> None:
-    """Make the directory, with the manifest and the hash of every file in it. Raises OSError."""
+    """Make the directory, with the manifest and the hash of every file in it. Raises OSError.
+
+    Every process calls it and gives its shards; the first writes.
+    """
     partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def complete() -> None:
+        files = {path.name: sha256_of_file(path) for path in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=2))
+        partial.rename(directory)
+
+    ranks.lead(begin)
     if learner.adapter is not None:
         write_weights(learner, partial)
     else:
-        learner.base.model.save_pretrained(partial)
-        learner.base.tokenizer.save_pretrained(partial)
-    files = {path.name: sha256_of_file(path) for path in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=2))
-    partial.rename(directory)
+        weights = whole_weights(learner)
+        ranks.lead(lambda: _save_model(learner.base, weights, partial))
+    ranks.lead(complete)
+
+
+def _save_model(base: BaseModel, weights: dict[str, torch.Tensor], directory: Path) -> None:
+    """A checkpoint that transformers loads: these parameters, and the buffers that it keeps beside them."""
+    parameters = dict(base.model.named_parameters(remove_duplicate=False))
+    buffers = {name: tensor for name, tensor in base.model.state_dict().items() if name not in parameters}
+    base.model.save_pretrained(directory, state_dict=weights | buffers)
+    base.tokenizer.save_pretrained(directory)
 
 
 def describe_base(path: Path, tokenizer: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from trainer import ranks
 from trainer.learner import Learner
 
 # Dense bfloat16 TFLOP/s by the vendor's data sheet, by the first name that the device's own name contains.
@@ -26,7 +27,7 @@ _PEAK_TFLOPS = {
 
 
 def best_tokens_per_s(learner: Learner) -> float | None:
-    """Tokens a second at 100 % of the device's peak; None where the peak is not known.
+    """Tokens a second at 100 % of the devices' peak, one a process; None where the peak is not known.
 
     Counted: 2 operations a weight for the forward pass and 2 for the gradients of activations; full-parameter training
     2 more. Attention and what a method computes besides (references, samples) are left out, so MFU is never flattered.
@@ -38,4 +39,4 @@ def best_tokens_per_s(learner: Learner) -> float | None:
     peak_tflops = next((tflops for key, tflops in _PEAK_TFLOPS.items() if key in f"{name} "), None)
     if peak_tflops is None:
         return None
-    return peak_tflops * 1e12 / ((4 if learner.adapter else 6) * learner.base.multiplied_weights())
+    return ranks.count() * peak_tflops * 1e12 / ((4 if learner.adapter else 6) * learner.base.multiplied_weights())

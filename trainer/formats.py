@@ -116,6 +116,13 @@ def parse_prompt(row: Row, format: FormatName = "auto") -> Prompt:
     return Prompt(messages, _tools(row.get("tools")), columns)
 
 
+def with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """The messages, with a system message before them where one is given and they have none."""
+    if system is None or messages[0]["role"] in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
 def _prompt(row: Row) -> list[Message]:
     """`prompt`: text, or messages."""
     raw = row.get("prompt")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer import ranks, sharding
 from trainer.logprobs import score_targets, target_logprobs, weighted_nll
 from trainer.lora import LoraAdapter
 from trainer.model import BaseModel
@@ -25,26 +26,27 @@ class Learner:
         self.base = base
         self.adapter = adapter
         self.parameters: dict[str, nn.Parameter] = dict(adapter.parameters() if adapter else _all(base.model))
+        # What the optimizer of this process steps: the parameters themselves, or its parts of sharded ones.
+        self.own = {name: sharding.own(parameter) for name, parameter in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True
+            self.own.values(), lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True
         )
 
     def forward_backward(self, batch: PackedBatch, objective: Sft | PerToken, normaliser: float) -> Metrics:
         """Add the row's share of the gradient; the sums to report, `loss` among them, already divided."""
         self.set_mode(training=True)
-        hidden_KH = self.base.hidden_KH(batch)
         needs_reference = not isinstance(objective, Sft) and objective.needs_reference
         reference_K = self.reference(batch) if needs_reference else None
+        hidden_KH = self.base.hidden_KH(batch)
         loss, metrics = loss_of(hidden_KH, self.base.head_VH, reference_K, batch, objective, normaliser)
         loss.backward()
         return metrics
 
     def optim_step(self, learning_rate: float, max_grad_norm: float) -> Metrics:
         """Clip, step, clear. A step with non-finite gradients changes nothing and is counted in `skipped`."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self._sum_gradients()
         skipped = (~norm.isfinite()).float()
-        torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), max_grad_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(self.own.values(), max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         # The fused kernel reads this on the device and leaves weights and moments alone where it is 1.
@@ -52,6 +54,24 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "skipped": skipped}
+
+    def _sum_gradients(self) -> torch.Tensor:
+        """Have the gradients of all processes where the optimizer looks for them; their norm over the whole model."""
+        whole = {name: p for name, p in self.parameters.items() if not sharding.is_sharded(p)}
+        ranks.sum_gradients(whole.values())
+        norm: torch.Tensor = torch.nn.utils.get_total_norm([p.grad for p in whole.values() if p.grad is not None])
+        parts = []
+        for name, parameter in self.parameters.items():
+            if name in whole:
+                continue
+            part = self.own[name]  # of a gradient that is summed already
+            assert parameter.grad is not None
+            part.data, part.grad = sharding.local(parameter.detach()), sharding.local(parameter.grad)
+            parameter.grad = None
+            parts.append(part.grad)
+        if parts:
+            norm = (norm**2 + ranks.total(torch.nn.utils.get_total_norm(parts) ** 2)).sqrt()
+        return norm
 
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch, objective: Sft | PerToken) -> Metrics:

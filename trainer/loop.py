@@ -3,6 +3,7 @@
     examples of the step -> rows of at most budget_tokens -> forward_backward each -> optim_step
 
 and every loss is divided by the total of the whole step, so neither packing nor row count changes the mathematics.
+Of several processes (`ranks.py`) each works on its share of the rows; what is decided is decided alike in all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from trainer import ranks
 from trainer.checkpoint import CheckpointStore, TrainState
 from trainer.config import TrainConfig
 from trainer.control import PauseRequest
@@ -155,7 +157,7 @@ def steps(run: Training) -> Steps:
         _evaluate(run)  # the adapter changes nothing yet: this is the base model's score
     run.measured_from = time.perf_counter()
     while run.state.step < run.total_steps:
-        if reason := run.pause.reason():
+        if reason := ranks.agreed(run.pause.reason()):
             _finish_records(run, readback.drain())
             run.checkpoints.save(run.learner, run.state)
             run.events.write("paused", step=run.state.step, reason=reason)
@@ -179,6 +181,7 @@ def steps(run: Training) -> Steps:
 def _step(run: Training) -> Generator[Row, Metrics, tuple[dict[str, Any], Metrics]]:
     """One optimizer step. The record has what the host knows; the metrics are still on the device."""
     config, learner, state = run.config, run.learner, run.state
+    ranks.seed_step(config.seed, state.step)
     work = run.source.step(state.step)
     total: Metrics = {}
     tokens = trained = 0
@@ -186,8 +189,10 @@ def _step(run: Training) -> Generator[Row, Metrics, tuple[dict[str, Any], Metric
         metrics = yield Row(learner, run.objective, batch, work.normaliser)
         for name, value in metrics.items():
             total[name] = total[name] + value if name in total else value
-        tokens += batch.tokens
+        tokens += batch.tokens if batch.sequences else 0  # a blank row only keeps step with other processes
         trained += len(batch.rows_K)
+    total = ranks.summed(total)
+    tokens, trained = ranks.total(torch.tensor([tokens, trained])).tolist()
     rate = learning_rate(
         state.step, run.total_steps, peak=config.learning_rate, schedule=config.schedule, warmup_steps=run.warmup_steps
     )
@@ -254,6 +259,8 @@ def evaluate(learner: Learner, objective: Sft | PerToken, source: Examples) -> d
                 sums[name] = sums[name] + value.double() if name in sums else value.double()
             tokens += len(batch.rows_K)
             sequences += batch.sequences
+    sums = ranks.summed(sums)
+    tokens, sequences = ranks.total(torch.tensor([tokens, sequences])).tolist()
     divisor = {"token_accuracy": float(tokens), "exact_match": float(sequences)}
     normaliser = source.normaliser(examples)
     return {name: float(value) / divisor.get(name, normaliser) for name, value in sums.items()}

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from trainer import attention
+from trainer import attention, ranks, sharding
 from trainer.config import TrainConfig
 from trainer.errors import ModelError
 from trainer.pack import PackedBatch
@@ -70,8 +70,8 @@ class BaseModel:
 
 def load_base(config: TrainConfig) -> BaseModel:
     """Load model and tokenizer as the configuration says. Raises ModelError."""
-    path = resolve_model(config.model)
-    device = _device(config.device)
+    path = ranks.lead(lambda: resolve_model(config.model))
+    device = ranks.local_device(config)
     dtype = _dtype(config, device)
     disable_progress_bar()
     with _as_model_error(path):
@@ -81,12 +81,31 @@ def load_base(config: TrainConfig) -> BaseModel:
         if quantization := getattr(settings, "quantization_config", None):
             if config.tuning == "full":
                 raise ModelError(f"{path} is quantized: only an adapter can be trained on it, not --tuning full")
+            if config.parallel == "fsdp":
+                raise ModelError(f"{path} is quantized: its packed weights cannot be sharded; use --parallel ddp")
             model = load_quantized(path, settings, dict(quantization), device, dtype)
+        elif config.parallel == "fsdp" and ranks.count() > 1:
+            model = _load_in_shards(path, device, dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
+            model = _load(path, dtype)
             model.to(device)
     prepare_layers(model, checkpointing=config.gradient_checkpointing, compiled=config.compile)
     return BaseModel(model, tokenizer, path, device, dtype)
+
+
+def _load(path: Path, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
+
+
+def _load_in_shards(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """One process after the other, so that the host holds one whole model at a time."""
+    mesh = sharding.make_mesh(device)
+    for turn in range(ranks.count()):
+        if turn == ranks.rank():
+            model = _load(path, dtype)
+            sharding.shard(model, mesh, device)
+        ranks.wait()
+    return model
 
 
 def prepare_layers(model: Any, *, checkpointing: bool, compiled: bool) -> None:
@@ -139,16 +158,6 @@ def _refuse_unsupported(settings: Any, path: Path) -> None:
 
 
 _ATTENTION_LAYERS = ("full_attention", "sliding_attention")
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError(
-            "--device cuda, but torch sees no CUDA device; use --device cpu or install a CUDA build of torch"
-        )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

@@ -9,7 +9,7 @@ Shapes: T tokens of a row, K targets (tokens with a weight), S sequences in the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -72,14 +72,33 @@ def plan(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
     return [sorted(items) for items in bins]
 
 
-def micro_batches(
-    dataset: TokenDataset, examples: Sequence[int], budget_tokens: int, *, packing: bool
+def shares(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Items dealt to so many processes, about as many tokens to each: longest first, to the one with the least.
+
+    Pure and deterministic; each share lists its items in ascending order, and may be empty.
+    """
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    tokens = [0] * count
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        least = min(range(count), key=lambda process: (tokens[process], process))
+        dealt[least].append(item)
+        tokens[least] += lengths[item]
+    return [sorted(items) for items in dealt]
+
+
+def own_rows(
+    lengths: Sequence[int], budget_tokens: int, *, packing: bool = True, rank: int = 0, count: int = 1
 ) -> list[list[int]]:
-    """The examples of one optimizer step as groups, each for one forward pass."""
-    if not packing:
-        return [[example] for example in examples]
-    bins = plan([dataset.length_tokens(example) for example in examples], budget_tokens)
-    return [[examples[i] for i in items] for items in bins]
+    """The items of one process, grouped for a forward pass each.
+
+    Every process gets as many groups: where it has fewer than others, the last ones are empty.
+    """
+    plans = []
+    for share in shares(lengths, count):
+        bins = plan([lengths[i] for i in share], budget_tokens) if packing else [[k] for k in range(len(share))]
+        plans.append([[share[k] for k in items] for items in bins])
+    own = plans[rank]
+    return own + [[] for _ in range(max(map(len, plans)) - len(own))]
 
 
 def collate(dataset: TokenDataset, examples: Sequence[int], device: torch.device) -> PackedBatch:
@@ -113,6 +132,19 @@ def pack_sequences(pairs: Sequence[tuple[np.ndarray, np.ndarray]], device: torch
         weights_K=on_device["weights"],
         sequence_K=on_device["sequence"],
         sequences=len(pairs),
+    )
+
+
+def blank(batch: PackedBatch) -> PackedBatch:
+    """The row with nothing to learn: it keeps a process in step with others that have a row more."""
+    return replace(
+        batch,
+        rows_K=batch.rows_K[:0],
+        targets_K=batch.targets_K[:0],
+        weights_K=batch.weights_K[:0],
+        sequence_K=batch.sequence_K[:0],
+        sequences=0,
+        columns={name: column[:0] for name, column in batch.columns.items()},
     )
 
 

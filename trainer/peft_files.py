@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from trainer import sharding
 from trainer.errors import CheckpointError
 from trainer.lora import LoraAdapter
 
@@ -59,7 +60,7 @@ def copy_tensors(saved: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
         odd = sorted(shapes.items() ^ expected.items())[:4]
         raise CheckpointError(f"{file} does not fit this run's model and adapter settings; it differs in {odd}")
     for name, tensor in saved.items():
-        wanted[name].copy_(tensor)
+        sharding.local(wanted[name]).copy_(sharding.part_of(tensor, wanted[name]))
 
 
 def _peft_config(adapter: LoraAdapter, base_model: str) -> dict[str, Any]:

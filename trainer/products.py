@@ -1,11 +1,14 @@
-"""Products with frozen weights and their low-rank terms, as two operators: y = x W^T + b + scale * (x A^T) B^T.
+"""Products with frozen weights and their low-rank terms: y = x W^T + b + scale * (x A^T) B^T.
 
 Layers that take the same input (query, key and value; gate and up) go through together: the input is read once for all
 their A, and their gradients of the input are summed inside the products. The low-rank terms are added in place into
 the products of W, the backward pass keeps nothing large beyond the input, and the gradient of W is never computed.
 
-Being operators of their own, torch.compile leaves them whole and fuses what lies between them. A weight is either dense
-or four bits with scales and zero points (`packed.py`), which is made dense here, forward and backward, and not kept.
+Forward and backward are a function each. torch.compile sees them as operators, which it leaves whole while it fuses
+what lies between them; elsewhere they are called as they are: calling an operator costs more than a small product.
+
+A weight is either dense or four bits with scales and zero points (`packed.py`), which is made dense here, forward and
+backward, and not kept.
 
 Shapes: T tokens, t those of one part, I input size, O output size, R rank; W words along the input, V values of a word,
 G groups of inputs, S inputs of a group.
@@ -14,7 +17,7 @@ G groups of inputs, S inputs of a group.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
@@ -47,8 +50,7 @@ class Part(NamedTuple):
 
 def products(x_TI: Tensor, layers: Sequence[Frozen], parts: Sequence[Part]) -> list[Tensor]:
     """[T, O] of each layer."""
-    outputs: list[Tensor] = torch.ops.tunegate.lora_products(
-        x_TI,
+    frozen = (
         [layer.weight for layer in layers],
         [layer.scale for layer in layers],
         [layer.zero for layer in layers],
@@ -57,21 +59,14 @@ def products(x_TI: Tensor, layers: Sequence[Frozen], parts: Sequence[Part]) -> l
         [part.first for part in parts],
         [part.end for part in parts],
         [part.factor for part in parts],
-        [part.a_RI for part in parts],
-        [part.b_OR for part in parts],
     )
-    return outputs[: len(layers)]
+    a, b = [part.a_RI for part in parts], [part.b_OR for part in parts]
+    if torch.compiler.is_compiling():
+        outputs: list[Tensor] = torch.ops.tunegate.lora_products(x_TI, *frozen, a, b)
+        return outputs[: len(layers)]
+    return list(_Products.apply(x_TI, frozen, *a, *b))
 
 
-_LAYERS = "Tensor[] weights, Tensor?[] scales, Tensor?[] zeros"
-_PARTS = "int[] layers, SymInt[] firsts, SymInt[] ends, float[] factors, Tensor[] a, Tensor[] b"
-
-
-@torch.library.custom_op(
-    "tunegate::lora_products",
-    mutates_args=(),
-    schema=f"(Tensor x, {_LAYERS}, Tensor?[] biases, {_PARTS}) -> Tensor[]",
-)
 def _forward(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -94,19 +89,6 @@ def _forward(
     return outputs + downs  # small, and the backward pass wants them
 
 
-@_forward.register_fake
-def _(x: Tensor, weights: Sequence[Tensor], scales: object, zeros: object, biases: object, *flat: Any) -> list[Tensor]:
-    outputs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
-    groups = list(_by_tokens(*flat))
-    return outputs + [x.new_empty(end - first, sum(len(part.a_RI) for part in parts)) for first, end, parts in groups]
-
-
-@torch.library.custom_op(
-    "tunegate::lora_products_backward",
-    mutates_args=(),
-    schema=f"(Tensor[] dy, Tensor x, Tensor[] downs, bool wants_dx, {_LAYERS}, {_PARTS})"
-    " -> (Tensor, Tensor[], Tensor[])",
-)
 def _backward(
     dy: Sequence[Tensor],
     x: Tensor,
@@ -138,15 +120,6 @@ def _backward(
     return dx, da, db
 
 
-@_backward.register_fake
-def _(
-    dy: Sequence[Tensor], x: Tensor, downs: Sequence[Tensor], wants_dx: bool, *rest: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    *_, a, b = rest
-    dx = x.new_empty(x.shape if wants_dx else 0)
-    return dx, [torch.empty_like(one) for one in a], [torch.empty_like(one) for one in b]
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights, scales, zeros, _, layers, firsts, ends, factors, a, b = inputs
     present = [one for one in (*scales, *zeros) if one is not None]
@@ -161,7 +134,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ]
 
 
-def _differentiate(ctx: Any, dy: list[Tensor]) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dy: Sequence[Tensor], *, backward: Callable[..., Any]) -> tuple[Any, ...]:
     saved = iter(ctx.saved_tensors)
     count, present, parts = ctx.counts
     x = next(saved)
@@ -169,13 +142,63 @@ def _differentiate(ctx: Any, dy: list[Tensor]) -> tuple[Any, ...]:
     grids = [next(saved) if there else None for there in present]
     a, b = [next(saved) for _ in range(parts)], [next(saved) for _ in range(parts)]
     wants_dx = bool(ctx.needs_input_grad[0])
-    dx, da, db = torch.ops.tunegate.lora_products_backward(
-        dy[:count], x, list(saved), wants_dx, weights, grids[:count], grids[count:], *ctx.parts, a, b
-    )
+    dx, da, db = backward(dy[:count], x, list(saved), wants_dx, weights, grids[:count], grids[count:], *ctx.parts, a, b)
     return (dx if wants_dx else None, *ctx.nothing, da, db)
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+class _Products(torch.autograd.Function):
+    """Forward and backward as functions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, frozen: tuple[Any, ...], *ab: Tensor) -> tuple[Tensor, ...]:
+        inputs = (x, *frozen, [*ab[: len(ab) // 2]], [*ab[len(ab) // 2 :]])
+        output = _forward(*inputs)
+        _keep(ctx, inputs, output)
+        return tuple(output[: len(frozen[0])])
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Any, ...]:
+        dx, *_, da, db = _differentiate(ctx, dy, backward=_backward)
+        return (dx, None, *da, *db)
+
+
+# --- the same as operators -------------------------------------------------------------------------------------------
+
+_LAYERS = "Tensor[] weights, Tensor?[] scales, Tensor?[] zeros"
+_PARTS = "int[] layers, SymInt[] firsts, SymInt[] ends, float[] factors, Tensor[] a, Tensor[] b"
+_forward_operator = torch.library.custom_op(
+    "tunegate::lora_products",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor x, {_LAYERS}, Tensor?[] biases, {_PARTS}) -> Tensor[]",
+)
+_backward_operator = torch.library.custom_op(
+    "tunegate::lora_products_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor[] dy, Tensor x, Tensor[] downs, bool wants_dx, {_LAYERS}, {_PARTS})"
+    " -> (Tensor, Tensor[], Tensor[])",
+)
+_forward_operator.register_autograd(partial(_differentiate, backward=_backward_operator), setup_context=_keep)
+
+
+@_forward_operator.register_fake
+def _(x: Tensor, weights: Sequence[Tensor], scales: object, zeros: object, biases: object, *flat: Any) -> list[Tensor]:
+    outputs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+    groups = list(_by_tokens(*flat))
+    return outputs + [x.new_empty(end - first, sum(len(part.a_RI) for part in parts)) for first, end, parts in groups]
+
+
+@_backward_operator.register_fake
+def _(
+    dy: Sequence[Tensor], x: Tensor, downs: Sequence[Tensor], wants_dx: bool, *rest: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    *_, a, b = rest
+    dx = x.new_empty(x.shape if wants_dx else 0)
+    return dx, [torch.empty_like(one) for one in a], [torch.empty_like(one) for one in b]
+
+
+# --- frozen weights of four bits -------------------------------------------------------------------------------------
 
 
 def dequantize(words_OW: Tensor, scale_OG: Tensor, zero_OG: Tensor, dtype: torch.dtype) -> Tensor:

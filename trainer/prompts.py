@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from trainer.config import GrpoConfig
 from trainer.data import Faults, parse_line, read_lines
 from trainer.dataset import DatasetMeta
 from trainer.errors import DataError, RowError
-from trainer.formats import Prompt, parse_prompt
+from trainer.formats import Prompt, parse_prompt, with_system
 from trainer.masks import ChatTemplate
 from trainer.model import BaseModel
 
@@ -34,8 +34,8 @@ class PromptDataset:
         return self._token_ids[example]
 
 
-def read_prompts(config: GrpoConfig, base: BaseModel, files: Sequence[Path]) -> PromptDataset:
-    """Read and tokenise the files. Raises DataError that names every bad line."""
+def read_prompts(config: GrpoConfig, base: BaseModel, origins: Sequence[str]) -> PromptDataset:
+    """Read and tokenise the rows. Raises DataError that names every bad line."""
     template = ChatTemplate(base.tokenizer, stop_ids=base.stop_ids, template_kwargs=config.template_kwargs)
     room = config.max_length - config.max_completion_tokens
     digest, faults = hashlib.sha256(), Faults()
@@ -45,9 +45,10 @@ def read_prompts(config: GrpoConfig, base: BaseModel, files: Sequence[Path]) -> 
 
     def read(row: dict[str, Any]) -> tuple[Prompt, list[int]]:
         prompt = parse_prompt(row, config.data_format)
+        prompt = replace(prompt, messages=with_system(prompt.messages, config.system))
         return prompt, template.encode(template.render(prompt.messages, prompt.tools, prompt=True))
 
-    for line in read_lines(files, digest):
+    for line in read_lines(origins, digest):
         try:
             prompt, ids = parse_line(line, read)
             if len(ids) <= room:
@@ -61,7 +62,7 @@ def read_prompts(config: GrpoConfig, base: BaseModel, files: Sequence[Path]) -> 
             faults.add(line, str(error))
     faults.raise_if_any()
     if not prompts:
-        given = ", ".join(map(str, files))
+        given = ", ".join(map(str, origins))
         raise DataError(f"no prompt of {given} fits into {room} tokens" if dropped else f"no prompts in {given}")
     lengths = [len(ids) for ids in token_ids]
     meta = DatasetMeta(

@@ -12,6 +12,7 @@ RUN/config.yaml       the resolved configuration
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -20,27 +21,36 @@ from pathlib import Path
 import torch
 
 from trainer import config as configs
+from trainer import ranks
 from trainer.assemble import CONFIG, EVENTS, RECORD, assembled, result_directory
 from trainer.config import TrainConfig
 from trainer.control import PauseRequest
 from trainer.errors import RunError, TrainError
 from trainer.events import EventLog
+from trainer.extras import require_for
 from trainer.joint import Outcome, train_together
 from trainer.loop import Ending, train
 from trainer.model import load_base
+from trainer.reporters import open_reporters
 
 
 def start(config: TrainConfig) -> Ending:
     """A new run. A directory in which training never began is taken over. Raises TrainError."""
+    require_for(config)
     directory = config.output_dir
-    if (directory / RECORD).exists():
-        raise RunError(
-            f"{directory} holds a run already: go on with it by `gateway train resume {directory}`, "
-            "or give another --output-dir"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    with _lock(directory):
-        _begin(config)
+    with ranks.joined(config), ExitStack() as stack:
+
+        def begin() -> None:
+            if (directory / RECORD).exists():
+                raise RunError(
+                    f"{directory} holds a run already: go on with it by `gateway train resume {directory}`, "
+                    "or give another --output-dir"
+                )
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_lock(directory))
+            _begin(config)
+
+        ranks.lead(begin)
         return _run(config)
 
 
@@ -49,12 +59,18 @@ def resume(directory: Path) -> Ending:
     if not (directory / CONFIG).is_file():
         raise RunError(f"{directory} holds no run: it has no {CONFIG}")
     config = configs.reload(directory / CONFIG)
+    require_for(config)
     if directory.absolute() != config.output_dir:
         # The run was moved as a whole.
         config = config.model_copy(update={"output_dir": directory.absolute()})
-    with _lock(directory):
-        if result_directory(config).exists():
-            raise RunError(f"{directory} is finished; its result is {result_directory(config)}")
+    with ranks.joined(config), ExitStack() as stack:
+
+        def go_on() -> None:
+            stack.enter_context(_lock(directory))
+            if result_directory(config).exists():
+                raise RunError(f"{directory} is finished; its result is {result_directory(config)}")
+
+        ranks.lead(go_on)
         return _run(config)
 
 
@@ -65,6 +81,7 @@ def start_together(runs: Sequence[TrainConfig]) -> list[Outcome]:
     """
     with ExitStack() as stack:
         for config in runs:
+            require_for(config)
             config.output_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_lock(config.output_dir))
             _begin_or_check(config)
@@ -80,7 +97,7 @@ def start_together(runs: Sequence[TrainConfig]) -> list[Outcome]:
         for config in open_runs:
             own = PauseRequest(config.output_dir, pause)
             own.clear()
-            events = stack.enter_context(closing(EventLog(config.output_dir / EVENTS)))
+            events = stack.enter_context(closing(EventLog(config.output_dir / EVENTS, open_reporters(config))))
             parts.append(stack.enter_context(assembled(config, base, events, own, config.output_dir.name)))
         ended = train_together([part.training for part in parts], max(config.budget_tokens for config in open_runs))
         for i, (part, outcome) in enumerate(zip(parts, ended, strict=True)):
@@ -97,12 +114,13 @@ def start_together(runs: Sequence[TrainConfig]) -> list[Outcome]:
 
 def _run(config: TrainConfig) -> Ending:
     directory = config.output_dir
-    with closing(EventLog(directory / EVENTS)) as events:
+    with closing(_event_log(config)) as events:
         try:
             torch.manual_seed(config.seed)
             base = load_base(config)
             pause = PauseRequest(directory)
-            pause.clear()
+            if ranks.is_first():
+                pause.clear()
             with pause.listening(), assembled(config, base, events, pause) as run:
                 ending = train(run.training)
                 run.finish(ending)
@@ -115,6 +133,17 @@ def _run(config: TrainConfig) -> Ending:
             raise RunError(
                 f"{directory} cannot be written: {error}; then `gateway train resume {directory}`"
             ) from error
+        except RuntimeError as error:
+            if ranks.count() > 1:  # where layers are shared out, a process that died shows up in any product
+                events.write("failed", message=str(error))
+            raise
+
+
+def _event_log(config: TrainConfig) -> EventLog:
+    """Of several processes the first has the log; what the others would write there goes nowhere."""
+    if ranks.is_first():
+        return EventLog(config.output_dir / EVENTS, open_reporters(config))
+    return EventLog(Path(os.devnull))
 
 
 def _begin(config: TrainConfig) -> None:

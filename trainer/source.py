@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from trainer import ranks
 from trainer.config import TrainConfig
 from trainer.dataset import TokenDataset
 from trainer.learner import Learner
 from trainer.objectives import Dpo, Kto, OfExamples, Orpo, Sft, Simpo
-from trainer.pack import PackedBatch, collate, micro_batches, pack_sequences, plan
+from trainer.pack import PackedBatch, blank, collate, own_rows, pack_sequences
 from trainer.schedule import DataOrder
 
 
@@ -70,9 +71,17 @@ class Examples:
         return self._objective.normaliser(self.dataset, examples)
 
     def batches(self, examples: Sequence[int]) -> Iterator[PackedBatch]:
-        """These examples as rows of at most the configured tokens."""
-        for group in micro_batches(self.dataset, examples, self._config.budget_tokens, packing=self._config.packing):
-            yield self._row(group)
+        """This process's share of the examples, as rows of at most the configured tokens; as many for each process."""
+        lengths = [self.dataset.length_tokens(example) for example in examples]
+        for group in self._own_rows(lengths, packing=self._config.packing):
+            if group:
+                yield self._row([examples[i] for i in group])
+            else:
+                yield blank(self._row([min(examples, key=self.dataset.length_tokens)]))
+
+    def _own_rows(self, lengths: Sequence[int], *, packing: bool = True) -> list[list[int]]:
+        budget = self._config.budget_tokens
+        return own_rows(lengths, budget, packing=packing, rank=ranks.rank(), count=ranks.count())
 
     def _row(self, examples: Sequence[int]) -> PackedBatch:
         return collate(self.dataset, examples, self._device)
@@ -99,10 +108,11 @@ class LabelledExamples(Examples):
         """Mean of log(policy / reference) over each prompt with its neighbour's answer; not below 0 (section 4.1)."""
         pairs = [self._mismatched(*pair) for pair in zip(examples, [*examples[1:], *examples[:1]], strict=True)]
         total = torch.zeros((), device=self._device)
-        for group in plan([len(ids) - 1 for ids, _ in pairs], self._config.budget_tokens):
-            batch = pack_sequences([pairs[i] for i in group], self._device)
+        for group in self._own_rows([len(ids) - 1 for ids, _ in pairs]):
+            batch = pack_sequences([pairs[i] for i in group or (0,)], self._device)
+            batch = batch if group else blank(batch)
             total += (self._learner.score(batch) - self._learner.reference(batch)).sum()
-        return (total / len(pairs)).clamp(min=0)
+        return (ranks.total(total) / len(pairs)).clamp(min=0)
 
     def _mismatched(self, example: int, neighbour: int) -> tuple[np.ndarray, np.ndarray]:
         prompt = self.dataset.prompt_ids(example)

@@ -1,13 +1,10 @@
-"""The reward of the example: half for the right number and nothing else, half by the share of digits in the answer."""
+"""The reward of the example: 0 for an answer without the order's number, else the number's share of the answer."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def bare_sum(completions: list[Any], sum: list[int], **_: Any) -> list[float]:
+def short_and_right(completions: list[Any], order: list[str], **_: Any) -> list[float]:
     texts = [messages[-1]["content"].strip() for messages in completions]
-    return [
-        0.5 * (text == str(right)) + 0.5 * len([c for c in text if c.isdigit()]) / max(1, len(text))
-        for text, right in zip(texts, sum, strict=True)
-    ]
+    return [len(number) / len(text) if number in text else 0.0 for text, number in zip(texts, order, strict=True)]

@@ -17,7 +17,7 @@ _COMMANDS = {
     "reload": ("gateway.cli.backend:reload_config", "Have a running gateway read its configuration again."),
     "keys": ("gateway.cli.keys:keys", "Make, list, rotate and revoke API keys."),
     "jobs": ("gateway.cli.jobs:jobs", "List, follow, pause and cancel fine-tuning jobs."),
-    "train": ("trainer.cli:train", "Fine-tune a model into an adapter."),
+    "train": ("gateway.cli.train:train", "Fine-tune a model into an adapter."),
     "quantize": ("quant.cli:quantize", "Quantize, verify and convert checkpoints."),
     "bench": ("bench.cli:bench", "Measure a server's speed under load."),
 }

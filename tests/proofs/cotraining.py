@@ -35,11 +35,7 @@ def main() -> None:
         for way in ("at once", "in turn"):
             settings = [_settings(given, work, way.replace(" ", "-"), i) for i in range(given.runs)]
             figures[way] = _apart(_together if way == "at once" else _in_turn, settings)
-        worst = max(
-            abs(a - b) / max(abs(b), 1e-6)
-            for i in range(given.runs)
-            for a, b in zip(_losses(work / "at-once" / str(i)), _losses(work / "in-turn" / str(i)), strict=True)
-        )
+        pairs = [(_losses(work / "at-once" / str(i)), _losses(work / "in-turn" / str(i))) for i in range(given.runs)]
     import torch
 
     print(f"{given.model}, {given.runs} adapters, {given.steps} steps of {given.batch_size} examples each")
@@ -51,7 +47,11 @@ def main() -> None:
         )
     ratios = {key: figures["in turn"][key] / figures["at once"][key] for key in ("seconds", "cpu_s")}
     print(f"ratio in turn / at once: time {ratios['seconds']:.2f}, CPU {ratios['cpu_s']:.2f}")
-    print(f"largest relative difference of a step's loss: {worst:.1e}")
+    for setting, (together, alone) in zip(settings, pairs, strict=True):
+        apart = max(abs(a - b) / abs(b) for a, b in zip(together, alone, strict=True))
+        name = f"rank {setting['lora_rank']:2}, rate {setting['learning_rate']:.0e}"
+        losses = f"loss {alone[0]:.4f} -> {alone[-1]:.4f} alone, {together[-1]:.4f} at once"
+        print(f"{name}: {losses}; a step's two losses differ by {apart:.1e} of it at most")
 
 
 def _settings(given: argparse.Namespace, work: Path, way: str, i: int) -> dict[str, Any]:

@@ -7,10 +7,12 @@ import json
 import re
 import threading
 import zipfile
+from collections import Counter
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from peft import PeftModel
@@ -25,7 +27,7 @@ class LiveGateway:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self._loaded: dict[str, Any] = {"base": AutoModelForCausalLM.from_pretrained(model).eval()}
         self._lock = threading.Lock()
-        self._generator = torch.Generator().manual_seed(0)
+        self._seen: Counter[str] = Counter()
         self.published: list[str] = []
         self.deleted: list[str] = []
         self.used: list[str] = []
@@ -59,6 +61,10 @@ class LiveGateway:
             model = self._loaded[body["model"]]
             self.used.append(body["model"])
             self.asked.append(body)
+            # By what is asked, not by when it arrives: the client's threads come in any order.
+            asked = json.dumps([body["model"], body["messages"]])
+            self._seen[asked] += 1
+            generator = torch.Generator().manual_seed(crc32(f"{asked} {self._seen[asked]}".encode()))
             ids = self.tokenizer.apply_chat_template(
                 body["messages"], add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )["input_ids"]
@@ -67,7 +73,7 @@ class LiveGateway:
                 row = model(input_ids=torch.cat([ids, torch.tensor([sampled], dtype=torch.long)], 1)).logits[0, -1]
                 distribution = row.float().log_softmax(-1)
                 if body["temperature"]:
-                    token = int(torch.multinomial(distribution.exp(), 1, generator=self._generator))
+                    token = int(torch.multinomial(distribution.exp(), 1, generator=generator))
                 else:
                     token = int(distribution.argmax())
                 sampled.append(token)

@@ -54,7 +54,7 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path: Path, method: str) ->
 
 def test_paths_in_the_record_do_not_depend_on_the_working_directory() -> None:
     resolved = config.load("sft", None, NEEDED)
-    assert resolved.dataset[0].is_absolute() and resolved.output_dir.is_absolute()
+    assert Path(resolved.dataset[0]).is_absolute() and resolved.output_dir.is_absolute()
 
 
 def test_dpo_cannot_train_every_parameter() -> None:

@@ -4,13 +4,14 @@ import gzip
 import json
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from tests.trainer.models import chat_rows, write_jsonl
-from trainer import cli, data
+from tests.trainer.models import chat_rows, make_tokenizer, write_jsonl
+from trainer import cli, config, data
 from trainer.errors import DataError, RowError
 from trainer.formats import parse_conversation, parse_preference
 
@@ -173,3 +174,26 @@ def test_check_data_from_the_command_line(tmp_path: Path) -> None:
     assert "1 good examples" in CliRunner().invoke(cli.train, ["check-data", str(file), "--method", "dpo"]).output
     refused = CliRunner().invoke(cli.train, ["check-data", str(file)])
     assert refused.exit_code == 1 and "d.jsonl line 1: no known format" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("method", "row"),
+    [
+        ("sft", {"messages": [USER, ANSWER]}),
+        ("dpo", {"prompt": "hi", "chosen": "yo", "rejected": "no"}),
+        ("kto", {"prompt": "hi", "completion": "yo", "label": True}),
+    ],
+)
+def test_a_system_message_is_given_to_the_rows_that_have_none(method: str, row: Any) -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
+    from trainer.examples import tokeniser
+
+    base: Any = SimpleNamespace(tokenizer=make_tokenizer(), stop_ids=[])
+    needed = {"model": "m", "dataset": ["d"], "output_dir": "o", "system": "be brief"}
+    tokenise = tokeniser(config.load(method, None, needed), base)
+    first = tokenise(row)[0]
+    assert base.tokenizer.decode(first.token_ids).startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user")
+    assert not any(first.weights[: -first.trained_tokens])
+    own = {"messages": [{"role": "system", "content": "be long"}, USER, ANSWER]}
+    if method == "sft":
+        assert "be brief" not in base.tokenizer.decode(tokenise(own)[0].token_ids)

@@ -29,6 +29,9 @@ def letters(prompts, completions, wanted, **columns):
     return [sum(a <= character <= b for character in text) / max(1, len(text))
             for text, (a, b) in zip(texts, wanted)]
 
+def flat(completions, **columns):
+    return [0.0] * len(completions)
+
 def slow(completions, **columns):
     time.sleep(60)
 
@@ -84,7 +87,7 @@ def test_the_reward_rises(
     monkeypatch.setenv("TUNEGATE_API_KEY", "a-secret")
     gateway.refuse_next = 2
     # Answers that are a step old ask for smaller steps.
-    slower = {"rollout_ahead": True, "max_steps": 12, "learning_rate": 1e-2} if ahead else {}
+    slower = {"rollout_ahead": True, "max_steps": 12, "learning_rate": 2e-2} if ahead else {}
     changes = {"eval_dataset": settings["dataset"], **slower}
     assert run.start(config.load("grpo", None, settings | changes)) is Ending.FINISHED
     events = tmp_path / "run" / "events.jsonl"
@@ -103,6 +106,14 @@ def test_the_reward_rises(
     else:
         assert max(gaps) < 1e-4  # the same weights: trainer and sampler agree on every token
     assert "a-secret" not in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_steps_that_teach_nothing(settings: dict[str, Any], plugin: Path, tmp_path: Path) -> None:
+    """Equal rewards within every group: no advantage, no row to learn from, and the run goes on."""
+    changes = {"reward": [f"{plugin}:flat"], "max_steps": 2, "group_size": 2}
+    assert run.start(config.load("grpo", None, settings | changes)) is Ending.FINISHED
+    steps = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["type"] == "step"]
+    assert [(step["tokens"], step["without_advantage"]) for step in steps] == [(0, 1.0)] * 2
 
 
 def test_another_chat_template_at_the_gateway_is_noticed(settings: dict[str, Any], gateway: LiveGateway) -> None:

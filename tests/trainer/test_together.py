@@ -115,6 +115,7 @@ def test_a_file_of_runs(runs: list[dict[str, Any]], tmp_path: Path) -> None:
     refused({"lora_ranc": 3}, r"runs\[1\]: unknown key `lora_ranc`, did you mean `lora_rank`")
     refused({"device": "cuda"}, r"runs\[1\]: `device` must be the same")
     refused({"oom_backoff": True}, r"runs\[1\]: `oom_backoff` does not work")
+    refused({"parallel": "ddp"}, r"runs\[1\]: `parallel` does not work")
     refused({"tuning": "full"}, r"runs\[1\]: only LoRA")
     refused({"output_dir": own[0]["output_dir"]}, "that of another run")
     refused({"method": "ppo"}, "`method` must be one of")
