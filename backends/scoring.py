@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 import httpx2
 
 from backends import upstream
-from backends.base import AdapterRejected, EngineBusy, EngineUnreachable
+from backends.base import AdapterRejected
 
-_BUSY = (429, 503)
 _FORCED_TOKENS = 4  # from where an engine's own answer leaves the given one
 Found = TypeVar("Found")
 
@@ -86,19 +85,7 @@ async def sglang(
 async def _ask(
     client: httpx2.AsyncClient, path: str, body: dict[str, Any], read: Callable[[Any], Found], timeout_s: float
 ) -> Found:
-    try:
-        response = await upstream.post(client, path, body, timeout_s)
-    except EngineUnreachable as error:
-        if isinstance(error.__cause__, httpx2.TimeoutException):
-            raise EngineBusy(f"the engine had no time to score tokens: {error}") from error
-        raise
-    if response.status_code in _BUSY:
-        raise EngineBusy(f"the engine had no time to score tokens: {upstream.error_text(response)}")
-    if response.status_code != 200:
-        raise AdapterRejected(
-            f"the engine answered {response.status_code} when asked to score tokens with it: "
-            f"{upstream.error_text(response)}"
-        )
+    response = await upstream.try_adapter(client, path, body, timeout_s, "a request to score tokens with it")
     try:
         return read(response.json())
     except (ValueError, KeyError, TypeError, IndexError) as error:

@@ -10,12 +10,13 @@ from typing import Any
 
 import httpx2
 
-from backends.base import Endpoint, EngineUnreachable
+from backends.base import AdapterRejected, Endpoint, EngineBusy, EngineUnreachable
 
 ASK_TIMEOUT_S = 10.0
 LOAD_TIMEOUT_S = 300.0  # a large adapter from a slow disk
 UNLOAD_TIMEOUT_S = 60.0  # SGLang waits for the adapter's requests in flight, and may wait for ever
 
+_BUSY = (429, 503)
 _ERROR_LIMIT_CHARS = 500
 
 
@@ -44,6 +45,26 @@ async def get(client: httpx2.AsyncClient, path: str) -> httpx2.Response:
 async def post(client: httpx2.AsyncClient, path: str, body: dict[str, Any], timeout_s: float) -> httpx2.Response:
     """POST JSON, any status. Raises EngineUnreachable when there is no answer, or the key is refused."""
     return await _send(client, "POST", path, body, timeout_s)
+
+
+async def try_adapter(
+    client: httpx2.AsyncClient, path: str, body: dict[str, Any], timeout_s: float, what: str
+) -> httpx2.Response:
+    """POST what shows whether an engine takes an adapter; the answer, of status 200. what: the request, in words.
+
+    Raises EngineBusy where that shows nothing yet, AdapterRejected, EngineUnreachable.
+    """
+    try:
+        response = await post(client, path, body, timeout_s)
+    except EngineUnreachable as error:
+        if isinstance(error.__cause__, httpx2.TimeoutException):
+            raise EngineBusy(f"the engine had no time for {what}: {error}") from error
+        raise
+    if response.status_code in _BUSY:
+        raise EngineBusy(f"the engine had no time for {what}: {error_text(response)}")
+    if response.status_code != 200:
+        raise AdapterRejected(f"the engine answered {what} by {response.status_code}: {error_text(response)}")
+    return response
 
 
 async def answers(client: httpx2.AsyncClient, path: str) -> httpx2.Response | None:
