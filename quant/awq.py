@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from quant.config import Grid
-from quant.grid import as_groups, levels_of, round_to, values_of
+from quant.grid import as_groups, levels_of, rounding_error
 
 STEPS = 20
 _SMALLEST = 1e-4  # scales below are noise from dead channels
@@ -62,8 +62,7 @@ def search_scale(
 def scaled_error(w_NK: Tensor, gram_KK: Tensor, scale_K: Tensor, grid: Grid, dtype: torch.dtype) -> float:
     """trace(D H D^T) of rounding W diag(s): the expected squared output error of one linear."""
     scaled_NGS = as_groups(w_NK * scale_K, grid)
-    levels = levels_of(scaled_NGS, grid, dtype)
-    delta_NK = values_of(round_to(scaled_NGS, levels, grid), levels).view(w_NK.shape) / scale_K - w_NK
+    delta_NK = rounding_error(scaled_NGS, levels_of(scaled_NGS, grid, dtype), grid).view(w_NK.shape) / scale_K
     return float(((delta_NK @ gram_KK) * delta_NK).sum())
 
 

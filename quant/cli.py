@@ -64,22 +64,25 @@ def quantize(ctx: click.Context, /, model: str | None, out: Path | None, **flags
     if model is None or out is None:
         raise click.UsageError("--model and --out are required; `quantize verify --help` for the subcommands")
     need_torch()
-    from quant.walk import quantize_checkpoint
+    from quant.ranks import joined
+    from quant.walk import quantize_checkpoint, resolve_device
 
-    console = Console(stderr=True)
     with user_errors():
         options = _options(find_model(model), **flags)
-    with user_errors(out), _progress(console) as progress:
-        task = progress.add_task(f"{options.method} {options.format}", total=None, note="calibrating")
+    with user_errors(out), joined(resolve_device(options.device)) as ranks:
+        console = Console(stderr=True, quiet=not ranks.is_first)
+        with _progress(console) as progress:
+            task = progress.add_task(f"{options.method} {options.format}", total=None, note="calibrating")
 
-        def show(step: Any) -> None:
-            note = "resumed" if step.resumed else f"worst error {step.worst_error:.2%}, {step.eta_s:.0f} s left"
-            progress.update(task, completed=step.layer, total=step.layers, note=note)
-            if not console.is_terminal:  # where the bar is not drawn, in a log
-                console.print(f"layer {step.layer} of {step.layers}: {note}", highlight=False)
+            def show(step: Any) -> None:
+                note = "resumed" if step.resumed else f"worst error {step.worst_error:.2%}, {step.eta_s:.0f} s left"
+                progress.update(task, completed=step.layer, total=step.layers, note=note)
+                if not console.is_terminal:  # where the bar is not drawn, in a log
+                    console.print(f"layer {step.layer} of {step.layers}: {note}", highlight=False)
 
-        report = quantize_checkpoint(options, out, show)
-    _print_summary(report, out, console)
+            report = quantize_checkpoint(options, out, show, ranks)
+    if ranks.is_first:
+        _print_summary(report, out, console)
 
 
 quantize.add_command(verify)

@@ -8,6 +8,7 @@ QuantError
 ├── NotServed          the engine did not come up, or did not answer
 ├── NotExact           a conversion that would change weights
 ├── JobConflict        the output exists, or its unfinished work belongs to another job
+├── RankLost           another process of a job of several ended
 └── BadHessian         calibration statistics GPTQ cannot solve with (caught: that group falls back to RTN)
 """
 
@@ -44,6 +45,10 @@ class NotExact(QuantError):
 
 class JobConflict(QuantError):
     """The output directory exists, or holds the unfinished work of another job."""
+
+
+class RankLost(QuantError):
+    """Another process of the same job ended, or cannot be reached."""
 
 
 class BadHessian(QuantError):

@@ -8,7 +8,7 @@ Legend: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,19 @@ def evaluate(
     on_layer: Callable[[int, int], None] = lambda layer, layers: None,
 ) -> Quality:
     """Compare two checkpoints of one model on sequences of tokens. Raises QuantError."""
-    sides = [Skeleton(Checkpoint(directory), device) for directory in (original, quantized)]
+    (quality,) = evaluate_all(original, [quantized], tokens_BT, device, on_layer)
+    return quality
+
+
+def evaluate_all(
+    original: Path,
+    quantized: Sequence[Path],
+    tokens_BT: Tensor,
+    device: torch.device,
+    on_layer: Callable[[int, int], None] = lambda layer, layers: None,
+) -> list[Quality]:
+    """Compare each of several checkpoints with their original, which runs once. Raises QuantError."""
+    sides = [Skeleton(Checkpoint(directory), device) for directory in (original, *quantized)]
     batches = tokens_BT.split(max(1, 4096 // tokens_BT.shape[1]))
     states = [[side.embed(batch).cpu() for batch in batches] for side in sides]
     layers = len(sides[0].layers)
@@ -54,18 +66,19 @@ def evaluate(
                 hidden[:] = [side.run(layer, index, batch.to(device)).cpu() for batch in hidden]
         on_layer(index + 1, layers)
 
-    totals = torch.zeros(4, dtype=torch.float64)
-    for batch, before, after in zip(batches, *states, strict=True):
+    totals = torch.zeros(len(quantized), 4, dtype=torch.float64)
+    for number, batch in enumerate(batches):
         for row in range(batch.shape[0]):  # one sequence at a time: logits are the widest tensor of all
             own = slice(row, row + 1)
-            pair = [
-                side.logits(batch[own], hidden[own].to(device))
-                for side, hidden in zip(sides, (before, after), strict=True)
-            ]
-            totals += compare_logits(pair[0][0, :-1], pair[1][0, :-1], batch[row, 1:].to(device))
+            each_TV = (
+                side.logits(batch[own], hidden[number][own].to(device))[0, :-1]
+                for side, hidden in zip(sides, states, strict=True)
+            )
+            before_TV, target_T = next(each_TV), batch[row, 1:].to(device)
+            totals += torch.stack([compare_logits(before_TV, after_TV, target_T) for after_TV in each_TV])
     count = tokens_BT.shape[0] * (tokens_BT.shape[1] - 1)
-    nll_before, nll_after, kl, agreed = (totals / count).tolist()
-    return Quality(count, math.exp(nll_before), math.exp(nll_after), kl, agreed)
+    means = (totals / count).tolist()
+    return [Quality(count, math.exp(before), math.exp(after), kl, agreed) for before, after, kl, agreed in means]
 
 
 def compare_logits(before_TV: Tensor, after_TV: Tensor, target_T: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from quant.pack import QuantizedLinear
 # Shares of the full range tried by the search. Below one half the clipping error always wins on real weights.
 SHRINKS = tuple(1.0 - 0.025 * step for step in range(21))
 _ROWS_AT_ONCE = 4096  # bounds the search's scratch memory
+_WEIGHTS_AT_ONCE = 1 << 17  # on the CPU: what a pass reads must still be in its cache for the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,15 @@ def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def levels_of(w_NGS: Tensor, grid: Grid, dtype: torch.dtype, shrink: float = 1.0) -> Levels:
     """Scale and zero point that cover `shrink` of each group's range (including zero)."""
-    low = w_NGS.amin(-1).clamp(max=0) * shrink
-    high = w_NGS.amax(-1).clamp(min=0) * shrink
+    return _levels_between(*_range_of(w_NGS), grid, dtype, shrink)
+
+
+def _range_of(w_NGS: Tensor) -> tuple[Tensor, Tensor]:
+    return w_NGS.amin(-1).clamp(max=0), w_NGS.amax(-1).clamp(min=0)
+
+
+def _levels_between(low_NG: Tensor, high_NG: Tensor, grid: Grid, dtype: torch.dtype, shrink: float) -> Levels:
+    low, high = low_NG * shrink, high_NG * shrink
     if grid.symmetric:
         scale = storable(torch.maximum(-low, high) / (grid.middle - 1), dtype)
         return Levels(scale, torch.full_like(scale, grid.middle))
@@ -66,42 +74,52 @@ def values_of(q_NGS: Tensor, levels: Levels) -> Tensor:
     return (q_NGS - levels.zero_NG.unsqueeze(-1)) * levels.scale_NG.unsqueeze(-1)
 
 
+def rounding_error(w_NGS: Tensor, levels: Levels, grid: Grid) -> Tensor:
+    """`values_of(round_to(w))` - w, bit for bit, in half the passes over memory."""
+    scale, zero = levels.scale_NG.unsqueeze(-1), levels.zero_NG.unsqueeze(-1)
+    delta_NGS = (w_NGS / scale).round_()
+    if grid.symmetric:
+        delta_NGS.clamp_(-grid.middle, grid.max_level - grid.middle)
+    else:
+        delta_NGS.clamp_(-zero, grid.max_level - zero)
+    return delta_NGS.mul_(scale).sub_(w_NGS)
+
+
 def error_of(delta_NGS: Tensor, importance: Tensor | None) -> Tensor:
-    """Expected squared output error [N, G] that each group's weight error causes.
+    """Expected squared output error [N, G] that each group's weight error causes. Consumes `delta_NGS`.
 
     `importance`: None (all inputs count alike), [G, S] (mean square of each input) or [G, S, S] (second moments within
     a group, as AWQ's clip search uses).
     """
     if importance is None:
-        return delta_NGS.square().sum(-1)
+        return delta_NGS.square_().sum(-1)
     if importance.dim() == 2:
-        return (delta_NGS.square() * importance).sum(-1)
+        return delta_NGS.square_().mul_(importance).sum(-1)
     along_GNS = torch.bmm(delta_NGS.transpose(0, 1), importance)
-    return (along_GNS.transpose(0, 1) * delta_NGS).sum(-1)
+    return along_GNS.transpose(0, 1).mul(delta_NGS).sum(-1)
 
 
 def search_levels(w_NGS: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None) -> Levels:
     """Per group, the clipped range of SHRINKS with the least `error_of`."""
-    scales, zeros = [], []
-    for rows_NGS in w_NGS.split(_ROWS_AT_ONCE):
-        best: Levels | None = None
-        best_error_NG = torch.empty(0)
-        for shrink in SHRINKS:
-            levels = levels_of(rows_NGS, grid, dtype, shrink)
-            error_NG = error_of(values_of(round_to(rows_NGS, levels, grid), levels) - rows_NGS, importance)
-            if best is None:
-                best, best_error_NG = levels, error_NG
-                continue
-            better_NG = error_NG < best_error_NG
-            best_error_NG = torch.where(better_NG, error_NG, best_error_NG)
-            best = Levels(
-                torch.where(better_NG, levels.scale_NG, best.scale_NG),
-                torch.where(better_NG, levels.zero_NG, best.zero_NG),
-            )
-        assert best is not None
-        scales.append(best.scale_NG)
-        zeros.append(best.zero_NG)
-    return Levels(torch.cat(scales), torch.cat(zeros))
+    rows = _ROWS_AT_ONCE if w_NGS.is_cuda else max(1, _WEIGHTS_AT_ONCE // w_NGS[0].numel())
+    found = [_search(rows_NGS, grid, dtype, importance) for rows_NGS in w_NGS.split(rows)]
+    return Levels(torch.cat([one.scale_NG for one in found]), torch.cat([one.zero_NG for one in found]))
+
+
+def _search(w_NGS: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None) -> Levels:
+    low_NG, high_NG = _range_of(w_NGS)
+    best = _levels_between(low_NG, high_NG, grid, dtype, SHRINKS[0])
+    best_error_NG = error_of(rounding_error(w_NGS, best, grid), importance)
+    for shrink in SHRINKS[1:]:
+        levels = _levels_between(low_NG, high_NG, grid, dtype, shrink)
+        error_NG = error_of(rounding_error(w_NGS, levels, grid), importance)
+        better_NG = error_NG < best_error_NG
+        best_error_NG = torch.where(better_NG, error_NG, best_error_NG)
+        best = Levels(
+            torch.where(better_NG, levels.scale_NG, best.scale_NG),
+            torch.where(better_NG, levels.zero_NG, best.zero_NG),
+        )
+    return best
 
 
 def quantized(q_NK: Tensor, levels: Levels, grid: Grid, dtype: torch.dtype) -> QuantizedLinear:

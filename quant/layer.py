@@ -19,6 +19,7 @@ from quant.gptq import gptq
 from quant.moments import Moments
 from quant.pack import QuantizedLinear, pack
 from quant.plan import InputGroup, LayerPlan, apply_fold
+from quant.ranks import Ranks
 from quant.rtn import block_importance, diagonal_importance, rtn
 
 
@@ -77,27 +78,43 @@ def quantize_layer(
     options: QuantOptions,
     dtype: torch.dtype,
     device: torch.device,
+    ranks: Ranks,
 ) -> LayerResult:
-    """Quantize every planned linear of `weights` (relative names, as stored in the checkpoint)."""
+    """Quantize every planned linear of `weights` (relative names, as stored in the checkpoint).
+
+    Of several processes each takes some; the result is whole in the first.
+    """
     work = {name: tensor.to(device).float() for name, tensor in weights.items()}
     scales: dict[str, Tensor] = {}  # linear -> scale of its input channels
     folded: set[str] = set()
     if options.method == "awq":
-        work, scales, folded = _fold_scales(work, plan, moments, skipped, options, dtype)
+        work, scales, folded = _fold_scales(work, plan, moments, skipped, options, dtype, ranks)
 
-    result = LayerResult()
-    for group in plan.groups:
-        if group.linears[0] in skipped:
-            continue
-        for name, linear, report in _quantize_group(group, work, scales, moments, options, dtype):
-            result.linears.append(report)
+    planned = {group.site: group for group in plan.groups if group.linears[0] not in skipped}
+    mine = ranks.dealt({site: _cost(group, work) for site, group in planned.items()})
+    own: dict[str, LayerResult] = {}
+    for site in (site for site in planned if site in mine):
+        own[site] = LayerResult()
+        for name, linear, report in _quantize_group(planned[site], work, scales, moments, options, dtype):
+            own[site].linears.append(report)
             packed = pack(linear, options.format)
-            result.tensors |= {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
-    done = {f"{report.name}.weight" for report in result.linears}
+            own[site].tensors |= {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
+    solved = {site: part for share in ranks.gathered(own) for site, part in share.items()}
+    result = LayerResult()
+    for part in (solved[site] for site in planned if site in solved):
+        result.linears += part.linears
+        result.tensors |= part.tensors
+    done = {f"{name}.weight" for group in planned.values() for name in group.linears}
     for name, original in weights.items():
         if name not in done:
             result.tensors[name] = work[name].to(original.dtype).cpu() if name in folded else original
     return result
+
+
+def _cost(group: InputGroup, work: Mapping[str, Tensor]) -> float:
+    """In proportion to the multiplications of solving it: N K^2, and K^3 for its inputs' own."""
+    shapes = [work[f"{name}.weight"].shape for name in group.linears]
+    return float(sum(n * k * k for n, k in shapes) + shapes[0][1] ** 3)
 
 
 def _fold_scales(
@@ -107,6 +124,7 @@ def _fold_scales(
     skipped: Mapping[str, str],
     options: QuantOptions,
     dtype: torch.dtype,
+    ranks: Ranks,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
     """AWQ's scales, folded: (weights, scale of each linear's inputs, names of the weights that changed)."""
     site_of = {name: group for group in plan.groups for name in group.linears}
@@ -126,6 +144,7 @@ def _fold_scales(
             dtype,
             None if fold.rows is None else torch.tensor(fold.rows, device=moments[fold.site].abs_K.device),
         )
+        scale_K = ranks.same(scale_K)
         work = apply_fold(work, fold, scale_K)
         scales |= dict.fromkeys(fold.consumers, scale_K)
         changed |= {f"{name}.weight" for name in (*fold.consumers, fold.producer)} | {f"{fold.producer}.bias"}

@@ -12,6 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+_STRIPES = 4  # of the upper triangle: 5/8 of the whole product, in pieces that are still large
+
+
+class LastSiteReached(Exception):
+    """All that is listened for has been heard: the rest of the layer need not run."""
+
 
 @dataclass(slots=True)
 class Moments:
@@ -34,7 +40,15 @@ class Moments:
         self.square_K += x_TK.square().sum(0)
         self.abs_K += x_TK.abs().sum(0)
         if self.gram_KK is not None:
-            self.gram_KK.addmm_(x_TK.t(), x_TK)
+            width = -(-x_TK.shape[1] // _STRIPES)
+            for start in range(0, x_TK.shape[1], width):
+                stripe_Kk = x_TK[:, start : start + width].t()
+                self.gram_KK[start : start + width, start:].addmm_(stripe_Kk, x_TK[:, start:])
+
+    def mirror(self) -> None:
+        """Fill the lower triangle, which `add` leaves out, from the upper."""
+        if self.gram_KK is not None:
+            self.gram_KK.triu_().add_(self.gram_KK.triu(1).t())
 
     @property
     def mean_square_K(self) -> Tensor:
@@ -51,10 +65,13 @@ class Moments:
 
 
 @contextlib.contextmanager
-def gathering(layer: nn.Module, sites: Sequence[str], full: bool) -> Iterator[dict[str, Moments]]:
+def gathering(
+    layer: nn.Module, sites: Sequence[str], full: bool, last: str | None = None
+) -> Iterator[dict[str, Moments]]:
     """Inside, every run of `layer` adds to the moments of the inputs of the modules named `sites`.
 
-    A site that no token reaches (an expert) has no entry.
+    A site that no token reaches (an expert) has no entry. last: the site that every run reaches after all others; a run
+    ends there with LastSiteReached. The second moments are whole only after the block.
     """
     moments: dict[str, Moments] = {}
     handles = []
@@ -65,6 +82,8 @@ def gathering(layer: nn.Module, sites: Sequence[str], full: bool) -> Iterator[di
             if site not in moments:
                 moments[site] = Moments.zeros(x.shape[-1], x.device, full)
             moments[site].add(x)
+            if site == last:
+                raise LastSiteReached
 
         handles.append(layer.get_submodule(site).register_forward_pre_hook(listen))
     try:
@@ -72,3 +91,5 @@ def gathering(layer: nn.Module, sites: Sequence[str], full: bool) -> Iterator[di
     finally:
         for handle in handles:
             handle.remove()
+    for one in moments.values():
+        one.mirror()

@@ -55,6 +55,11 @@ class LayerPlan:
     banks: tuple[str, ...]
     matrices: tuple[str, ...]  # every module with a 2-D weight: linears and routers
 
+    @property
+    def last_site(self) -> str | None:
+        """The site that every run of the layer reaches last; None where tokens choose their way through experts."""
+        return self.groups[-1].site if self.groups and not self.banks else None
+
 
 def apply_fold(weights: Weights, fold: Fold, scale_K: Tensor) -> dict[str, Tensor]:
     """The weights with the consumers' channels multiplied by `scale_K` and the producer divided."""

@@ -6,7 +6,7 @@ The rules themselves are data: rules.toml.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -101,7 +101,8 @@ def _apply(rule: Mapping[str, Any], facts: Facts) -> Verdict:
         if value not in allowed:
             because = rule.get("because", {}).get(name)
             given = f"{name} is {_shown(value)}, allowed: {', '.join(_shown(choice) for choice in allowed)}"
-            refusals.append(f"{given} ({because})" if because else given)
+            given += f" ({because})" if because else ""
+            refusals.append(given + (_other_groups(allowed, facts) if name == "group_size" else ""))
     refusals += _not_divisible(rule.get("multiple", {}), facts)
     if refusals:
         return verdict("refused", refusals)
@@ -110,8 +111,31 @@ def _apply(rule: Mapping[str, Any], facts: Facts) -> Verdict:
         for name, values in rule.get("slow", {}).items()
         if facts.properties[name] in values
     ]
-    slow += [f"{text}: not on the fast kernels" for text in _not_divisible(rule.get("fast_multiple", {}), facts)]
+    slow += _off_tiles(rule.get("fast_tiles", []), facts)
     return verdict("slow" if slow else "accepted", slow)
+
+
+def _other_groups(allowed: Sequence[int], facts: Facts) -> str:
+    """Whether the model could be quantized in groups that are allowed, in words."""
+    fitting = [size for size in allowed if not any(k % size for _, k in facts.linears.values())]
+    if fitting:
+        return f", and {max(fitting)} divides all inputs: quantize with --group-size {max(fitting)}"
+    name, k = next((name, k) for name, (_, k) in facts.linears.items() if k % min(allowed))
+    return f", and {min(allowed)} does not divide the {k} inputs of {name}"
+
+
+def _off_tiles(tiles: Sequence[Mapping[str, int]], facts: Facts) -> list[str]:
+    """What to say of linears that fill no kind of tile; nothing where all do."""
+    bad = [
+        (name, n, k)
+        for name, (n, k) in facts.linears.items()
+        if tiles and all(n % tile["n"] or k % tile["k"] for tile in tiles)
+    ]
+    if not bad:
+        return []
+    (name, n, k), kinds = bad[0], " or ".join(f"{tile['n']} x {tile['k']}" for tile in tiles)
+    text = f"{len(bad)} linears do not divide into {kinds} (outputs x inputs), first {name} ({n} x {k})"
+    return [f"{text}: padded, or off the fast kernels"]
 
 
 def _not_divisible(divisors: Mapping[str, int], facts: Facts) -> list[str]:

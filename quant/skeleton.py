@@ -22,6 +22,10 @@ from quant.experts import unfuse_experts
 _DERIVED = "rotary_emb.inv_freq"  # in old checkpoints; computed from the configuration
 
 
+class _LastLayerReached(Exception):
+    """What a run was made for is known: what comes after the layers, the head above all, need not run."""
+
+
 class Skeleton:
     """The model of a checkpoint, ready to run layer by layer on `device`, in float32: one layer's worth fits."""
 
@@ -69,9 +73,12 @@ class Skeleton:
             if not entering:
                 entering.append(hidden)
             captured.append((args, kwargs))
+            if len(captured) == len(self.layers):
+                raise _LastLayerReached
             return hidden
 
-        self._run_stubbed(tokens_BT, capture)
+        with contextlib.suppress(_LastLayerReached):
+            self._run_stubbed(tokens_BT, capture)
         self._arguments[tokens_BT.shape] = captured
         return entering[0]
 

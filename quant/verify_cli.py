@@ -126,9 +126,10 @@ def _print(directory: Path, result: dict[str, Any]) -> None:
     if "served" in result:
         served = result["served"]
         console.print(f"answer: {served['answer']!r}", soft_wrap=True)
+        before = f" (of the original's {served['original']['distinct']:.0%})" if served["original"] else ""
         console.print(
-            f"long text: {served['long_tokens']} tokens, {served['distinct']:.0%} of its runs of four words differ; "
-            f"{'; '.join(served['faults']) or 'no fault'}",
+            f"long text: {served['long_tokens']} tokens, {served['distinct']:.0%} of its runs of four words differ"
+            f"{before}; {'; '.join(served['faults']) or 'no fault'}",
             soft_wrap=True,
         )
 

@@ -2,7 +2,7 @@
 
 For each layer: load it, run the calibration sequences through it while its inputs are summed up, quantize, store, and
 run the sequences again through what was stored, so that the next layer is calibrated on what it will really see.
-After a kill, finished layers are read back from their shards and only run.
+After a kill, finished layers are read back from their shards and only run. How processes share the work: `ranks.py`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from quant.config import QuantOptions
 from quant.errors import UnsupportedModel
 from quant.formats import Scheme, quantization_config
 from quant.layer import LayerResult, quantize_layer, sites_of, skip_reasons
-from quant.moments import Moments, gathering
+from quant.moments import LastSiteReached, Moments, gathering
 from quant.plan import LayerPlan, make_plan
+from quant.ranks import ALONE, Ranks, local_rank
 from quant.skeleton import Skeleton, check_finite
 from quant.workspace import Workspace
 
@@ -47,8 +48,13 @@ class Progress:
     resumed: bool
 
 
-def quantize_checkpoint(options: QuantOptions, out: Path, on_progress: Callable[[Progress], None]) -> dict[str, Any]:
-    """Quantize `options.model` into `out` and return the report. Raises QuantError, OSError."""
+def quantize_checkpoint(
+    options: QuantOptions, out: Path, on_progress: Callable[[Progress], None], ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """Quantize `options.model` into `out` and return the report. Raises QuantError, OSError.
+
+    Of several processes (`ranks`) only the first writes, tells of progress and has the whole report.
+    """
     source = Checkpoint(options.model)
     if source.scheme:
         raise UnsupportedModel(
@@ -56,6 +62,8 @@ def quantize_checkpoint(options: QuantOptions, out: Path, on_progress: Callable[
             "from the original, or change its format with `quantize convert`"
         )
     device = resolve_device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # for CUDA graphs and collectives, which take the current one
     skeleton = Skeleton(source, device)
     tokens_BT = None
     if options.calib_samples:
@@ -64,10 +72,10 @@ def quantize_checkpoint(options: QuantOptions, out: Path, on_progress: Callable[
         )
     job = {"options": json.loads(options.model_dump_json(exclude={"device", "batch_tokens", "model", "calib"}))}
     job |= {"source": _source_fingerprint(source), "calibration": None if tokens_BT is None else fingerprint(tokens_BT)}
-    with Workspace(out, job) as workspace:
-        walk = _Walk(options, skeleton, workspace, tokens_BT, device)
-        report = walk.run(on_progress)
-        _commit(workspace, source, options, report)
+    with Workspace(out, job) if ranks.is_first else contextlib.nullcontext() as workspace:
+        report = _Walk(options, skeleton, workspace, tokens_BT, device, ranks).run(on_progress)
+        if workspace:
+            _commit(workspace, source, options, report)
     return report
 
 
@@ -78,26 +86,30 @@ class _Walk:
         self,
         options: QuantOptions,
         skeleton: Skeleton,
-        workspace: Workspace,
+        workspace: Workspace | None,
         tokens_BT: Tensor | None,
         device: torch.device,
+        ranks: Ranks,
     ) -> None:
+        """workspace: the first process's. tokens_BT: of all processes."""
         self.options, self.skeleton, self.workspace, self.device = options, skeleton, workspace, device
+        self.ranks = ranks
+        self.calibration_tokens = 0 if tokens_BT is None else tokens_BT.numel()
         self.scheme = Scheme(options.format, options.grid, quantization_config(options.format, options.grid, []))
-        self.tokens_BT = tokens_BT
+        self.tokens_BT = None if tokens_BT is None else ranks.share(tokens_BT)
         self.hidden: list[Tensor] = []  # batches [b, T, H], on `resting`
         self.resting = self._resting_device()
         self.plans: dict[tuple[Any, ...], LayerPlan] = {}  # by the layer's shape
         self.skipped: dict[str, str] = {}  # full module name -> reason
 
     def run(self, on_progress: Callable[[Progress], None]) -> dict[str, Any]:
-        started, layers = time.monotonic(), len(self.skeleton.layers)
+        started, started_cpu, layers = time.monotonic(), time.process_time(), len(self.skeleton.layers)
         entries, fresh_s, fresh = [], 0.0, 0
         if self.tokens_BT is not None:
             self.hidden = [self.skeleton.embed(batch).to(self.resting) for batch in self._batches(self.tokens_BT)]
         for index in range(layers):
             layer_started, shard = time.monotonic(), shard_name(index)
-            resumed = self.workspace.has(shard)
+            resumed = self.ranks.told(self.workspace is not None and self.workspace.has(shard))
             entry = self._resume(index, shard) if resumed else self._quantize(index, shard)
             entries.append(entry)
             if not resumed:
@@ -106,9 +118,9 @@ class _Walk:
             worst = max((linear["error"] for linear in entry["linears"]), default=0.0)
             on_progress(Progress(index + 1, layers, time.monotonic() - started, eta_s, worst, resumed))
         rest = shard_name(layers)
-        if not self.workspace.has(rest):
+        if self.workspace and not self.workspace.has(rest):
             self.workspace.put(rest, self.skeleton.checkpoint.tensors(self.skeleton.outside_names), None)
-        return self._report(entries, time.monotonic() - started)
+        return self._report(entries, time.monotonic() - started, time.process_time() - started_cpu)
 
     def _quantize(self, index: int, shard: str) -> dict[str, Any]:
         started, prefix, checkpoint = time.monotonic(), self.skeleton.layer_prefix(index), self.skeleton.checkpoint
@@ -119,30 +131,35 @@ class _Walk:
             plan = self._plan(index, layer)
             if self.hidden:
                 full = self.options.method != "rtn"
-                with _fast_products(), gathering(layer, sites_of(plan), full) as moments:
+                with _fast_products(), gathering(layer, sites_of(plan), full, plan.last_site) as moments:
                     for batch in self.hidden:
-                        self.skeleton.run(layer, index, batch.to(self.device))
+                        with contextlib.suppress(LastSiteReached):
+                            self.skeleton.run(layer, index, batch.to(self.device))
+                moments = self.ranks.summed(moments, sites_of(plan), full, self.device)
         shapes = {
             name: (weights[f"{name}.weight"].shape[0], weights[f"{name}.weight"].shape[1]) for name in plan.matrices
         }
         reasons = skip_reasons(plan, shapes, prefix, self.options)
-        result = quantize_layer(weights, plan, moments, reasons, self.options, checkpoint.dtype, self.device)
+        result = quantize_layer(
+            weights, plan, moments, reasons, self.options, checkpoint.dtype, self.device, self.ranks
+        )
         entry = self._entry(index, plan, result, reasons, time.monotonic() - started)
         stored = {prefix + name: tensor for name, tensor in result.tensors.items()}
-        self.workspace.put(shard, stored, entry)
-        self._forward(index, stored)
+        if self.workspace:
+            self.workspace.put(shard, stored, entry)
+        self._forward(index, self.ranks.told(stored))
         return entry
 
     def _resume(self, index: int, shard: str) -> dict[str, Any]:
-        entry: dict[str, Any] = self.workspace.notes(shard)
+        entry: dict[str, Any] = self.ranks.told(self.workspace.notes(shard) if self.workspace else {})
         self.skipped |= entry["skipped"]
         if self.hidden:
-            self._forward(index, self.workspace.read(shard))
+            self._forward(index, self.ranks.told(self.workspace.read(shard) if self.workspace else {}))
         return entry
 
     def _forward(self, index: int, stored: dict[str, Tensor]) -> None:
         """Run the calibration sequences through the layer as stored, to the input of the next."""
-        if not self.hidden:
+        if not self.hidden or index == len(self.skeleton.layers) - 1:
             return
         prefix = self.skeleton.layer_prefix(index)
         moved = {name: tensor.to(self.device) for name, tensor in stored.items()}
@@ -185,17 +202,18 @@ class _Walk:
     def _batches(self, tokens_BT: Tensor) -> Iterator[Tensor]:
         yield from tokens_BT.split(max(1, self.options.batch_tokens // tokens_BT.shape[1]))
 
-    def _report(self, entries: list[dict[str, Any]], elapsed_s: float) -> dict[str, Any]:
+    def _report(self, entries: list[dict[str, Any]], elapsed_s: float, cpu_s: float) -> dict[str, Any]:
         peak_device = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         return {
             "options": json.loads(self.options.model_dump_json()),
             "layers": entries,
             "skipped": self.skipped | {"lm_head": "left alone: output embeddings lose the most"},
-            "calibration_tokens": 0 if self.tokens_BT is None else self.tokens_BT.numel(),
+            "calibration_tokens": self.calibration_tokens,
             "elapsed_s": round(elapsed_s, 1),
+            "cpu_s": round(cpu_s, 1),
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_device_bytes": peak_device,
-            "device": str(self.device),
+            "device": str(self.device) if self.ranks.size == 1 else f"{self.ranks.size} x {self.device.type}",
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
 
@@ -212,10 +230,10 @@ def _fast_products() -> Iterator[None]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, or the CPU."""
+    """`auto` is a CUDA device, or the CPU. Which one, where it is not said: the first, or this process's of several."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return torch.device(f"cuda:{local_rank()}") if name == "cuda" else torch.device(name)
 
 
 def shard_name(index: int) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -82,7 +83,10 @@ class Workspace:
     def put(self, shard: str, tensors: dict[str, Tensor], notes: Any) -> None:
         """Write one shard durably, then record it as finished. Raises OSError (a full disk keeps earlier shards)."""
         file, aside = self.partial / shard, self.partial / f"{shard}.tmp"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata={"format": "pt"})
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata={"format": "pt"})
+        except SafetensorError as error:  # so it reports a disk that takes no more
+            raise OSError(f"{aside} cannot be written: {error}") from error
         digest = sync_and_hash(aside)
         aside.rename(file)
         self._shards[shard] = {"sha256": digest, "bytes": file.stat().st_size, "notes": notes}
@@ -113,10 +117,13 @@ class Workspace:
         files = {file.name: _describe(file, self._shards.get(file.name)) for file in own}
         write_json(self.partial / "manifest.json", manifest | {"files": files})
         read_entries(self.partial)  # the last look at every shard's length before the name says it is whole
-        for name in [_JOB, _LOCK, *(file.name for file in self.partial.glob("*.tmp"))]:
-            (self.partial / name).unlink(missing_ok=True)
+        for leftover in self.partial.glob("*.tmp"):
+            leftover.unlink()
         sync_directory(self.partial)
         self.partial.rename(self.out)
+        for name in (_JOB, _LOCK):  # only now: without them a kill before the rename would cost all finished shards
+            (self.out / name).unlink(missing_ok=True)
+        sync_directory(self.out)
         sync_directory(self.out.parent)
 
 

@@ -9,7 +9,17 @@ torch = pytest.importorskip("torch")
 from quant import awq, gptq  # noqa: E402
 from quant.config import Grid  # noqa: E402
 from quant.errors import BadHessian  # noqa: E402
-from quant.grid import SHRINKS, as_groups, levels_of, round_to, search_levels, storable, values_of  # noqa: E402
+from quant.grid import (  # noqa: E402
+    SHRINKS,
+    as_groups,
+    levels_of,
+    round_to,
+    rounding_error,
+    search_levels,
+    storable,
+    values_of,
+)
+from quant.moments import Moments  # noqa: E402
 from quant.pack import QuantizedLinear  # noqa: E402
 from quant.rtn import block_importance, diagonal_importance, rtn  # noqa: E402
 
@@ -41,6 +51,24 @@ def test_rounding_is_to_the_nearest_level(grid: Grid) -> None:
     nearest = (w_NGS[0, 0][:, None] - values).abs().amin(-1)
     chosen = (w_NGS[0, 0] - values_of(q_NGS, levels)[0, 0]).abs()
     assert torch.allclose(chosen, nearest, atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_short_way_to_the_rounding_error_is_exact(grid: Grid) -> None:
+    w_NGS = as_groups(make_case()[0], grid)
+    levels = levels_of(w_NGS, grid, BF16, shrink=0.7)
+    assert torch.equal(rounding_error(w_NGS, levels, grid), values_of(round_to(w_NGS, levels, grid), levels) - w_NGS)
+
+
+@pytest.mark.parametrize("k", [7, 128])
+def test_second_moments_are_summed_over_batches(k: int) -> None:
+    x_TK = torch.randn(50, k, generator=torch.Generator().manual_seed(0))
+    moments = Moments.zeros(k, torch.device("cpu"), full=True)
+    for batch in (x_TK[:20].view(4, 5, k), x_TK[20:]):
+        moments.add(batch)
+    moments.mirror()
+    torch.testing.assert_close(moments.mean_gram_KK, x_TK.t() @ x_TK / 50, rtol=1e-4, atol=1e-5)
+    assert torch.equal(moments.mean_gram_KK, moments.mean_gram_KK.t())
 
 
 def test_stored_scales_are_exact_in_both_half_types() -> None:

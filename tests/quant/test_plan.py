@@ -30,6 +30,7 @@ def plan_of(directory: Path, index: int = 0) -> LayerPlan:
 def test_groups_and_folds(family: str, model_of: Callable[[str], Path]) -> None:
     plan = plan_of(model_of(family))
     assert QKV in {group.linears for group in plan.groups}
+    assert plan.last_site == (None if family == "qwen3_moe" else "mlp.down_proj")
     folds = {(fold.kind, fold.producer): fold for fold in plan.folds}
     gain = "gain-minus-one" if family.startswith("gemma") else "gain"
     assert folds[gain, "input_layernorm"].consumers == QKV

@@ -14,7 +14,7 @@ from quant.config import FORMATS, Format, Grid
 from quant.errors import BadCheckpoint, UnsupportedModel
 from quant.formats import quantization_config, read_scheme
 from quant.rules import Verdict, judge, read_facts
-from tests.support.quantized import write_checkpoint
+from tests.support.quantized import SIZES, write_checkpoint
 
 ALL = {"vllm/cuda", "vllm/cpu", "sglang/cuda", "lmdeploy-turbomind/cuda", "lmdeploy-pytorch/cuda"}
 
@@ -43,6 +43,19 @@ def test_turbomind_refuses_groups_of_64_and_says_so(form: Format, tmp_path: Path
     assert verdict.outcome == "refused"
     assert verdict.reasons[0].startswith("group_size is 64, allowed: ")
     assert accepting(directory) >= {"vllm/cuda", "vllm/cpu", "sglang/cuda"}
+
+
+def test_a_refused_group_size_says_whether_another_would_do(tmp_path: Path) -> None:
+    """The demo model's 576 inputs, and a model whose inputs 128 divides."""
+    demo = {"model.layers.0.self_attn.q_proj": (576, 576), "model.layers.0.mlp.down_proj": (576, 1536)}
+    for name, sizes, ending in (
+        ("demo", demo, ", and 128 does not divide the 576 inputs of model.layers.0.self_attn.q_proj"),
+        ("other", SIZES, ", and 128 divides all inputs: quantize with --group-size 128"),
+    ):
+        directory = write_checkpoint(tmp_path / name, "awq", Grid(group_size=64), sizes=sizes)
+        (verdict,) = judge(read_facts(directory), "lmdeploy-turbomind")
+        said = "group_size is 64, allowed: 128 (TurboMind's AWQ kernel takes groups of 128 only)"
+        assert verdict.reasons == (said + ending,)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +103,17 @@ def test_sizes_that_fall_off_the_fast_kernels(tmp_path: Path) -> None:
     )
     found = verdicts(directory)
     assert found["sglang/cuda"].outcome == "slow"
-    assert "inputs not divisible by 128, first model.layers.0.q_proj (576)" in found["sglang/cuda"].reasons[0]
+    assert found["sglang/cuda"].reasons == (
+        "1 linears do not divide into 64 x 128 (outputs x inputs), first model.layers.0.q_proj (576 x 576): "
+        "padded, or off the fast kernels",
+    )
+    assert found["vllm/cuda"].outcome == "slow"
+    assert "64 x 128 or 128 x 64" in found["vllm/cuda"].reasons[0]
     assert found["sglang/cpu"].outcome == "refused"
-    assert found["vllm/cuda"].outcome == "accepted"
+    assert found["vllm/cpu"].outcome == "accepted"
+    gate_up = {"model.layers.0.gate_proj": (1536, 576)}  # of vLLM's two kinds of tile it fits the second
+    directory = write_checkpoint(tmp_path / "g", "awq", Grid(group_size=64), sizes=gate_up)
+    assert verdicts(directory)["vllm/cuda"].outcome == "accepted"
 
 
 def test_sizes_that_kernels_do_not_take(tmp_path: Path) -> None:

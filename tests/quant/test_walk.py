@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -171,23 +171,42 @@ def test_unfinished_work_of_another_job_is_not_mixed_in(model_of: Callable[[str]
 def test_a_full_disk_keeps_what_is_finished(
     model_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = workspace_module.save_file, []
+    """A limit on a file's size stands for the disk: the write of the second shard really fails half way."""
+    write, limits = workspace_module.save_file, resource.getrlimit(resource.RLIMIT_FSIZE)
+    shards: list[Path] = []
 
-    def fill_up(*args: Any, **kwargs: Any) -> None:
-        calls.append(args)
-        if len(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(*args, **kwargs)
+    def fill_up(tensors: dict[str, Any], file: Path, **rest: Any) -> None:
+        shards.append(file)
+        size_bytes = 20_000 if len(shards) == 2 else limits[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
+        try:
+            write(tensors, file, **rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     monkeypatch.setattr(workspace_module, "save_file", fill_up)
     options, out = options_for(model_of("llama")), tmp_path / "out"
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"model-00002\.safetensors\.tmp cannot be written"):
         job(options, out)
     assert not out.exists()
     steps: list[Progress] = []
     job(options, out, steps.append)
     assert [step.resumed for step in steps] == [True, False]
     assert round_trip(out) == 14
+
+
+def test_a_finished_shard_that_was_damaged_since_is_named(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    def kill(step: Progress) -> None:
+        raise Killed
+
+    options, out = options_for(model_of("llama")), tmp_path / "out"
+    with pytest.raises(Killed):
+        job(options, out, kill)
+    shard = tmp_path / "out.partial" / "model-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(BadCheckpoint, match=r"model-00001\.safetensors is not what was written"):
+        job(options, out)
+    assert not out.exists()
 
 
 def test_an_existing_output_is_never_overwritten(model_of: Callable[[str], Path], tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""What `python -m tests.proofs.quant_peers` does with a tool, on ours and a model of two layers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from quant.checkpoint import Checkpoint
+from tests.proofs.quant_peers.__main__ import cut_model, table
+from tests.proofs.quant_peers.measure import run
+
+
+def test_a_run_counts_what_its_children_use(tmp_path: Path) -> None:
+    child = "import time; b = bytearray(60_000_000); t = time.process_time()\nwhile time.process_time() < t + 0.2: pass"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}]); print('done'); sys.exit(3)"
+    cost = run([sys.executable, "-c", program], tmp_path / "log", {"PATH": os.environ["PATH"]})
+    assert cost.exit_code == 3
+    assert (tmp_path / "log").read_text() == "done\n"
+    assert 0.2 <= cost.cpu_s <= 2 * cost.wall_s + 1
+    assert cost.peak_bytes > 60_000_000
+
+
+def test_a_cut_model_keeps_its_first_layers(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    whole = Checkpoint(model_of("llama"))
+    cut = Checkpoint(cut_model(model_of("llama"), 1, tmp_path / "cut"))
+    assert set(whole.entries) - set(cut.entries) == {name for name in whole.entries if ".layers.1." in name}
+    assert set(cut.entries) < set(whole.entries)
+    assert cut.config["num_hidden_layers"] == 1
+
+
+def test_what_failed_is_told_in_the_table() -> None:
+    row = {"title": "rtn", "grid": "zero points", "wall_s": 9.0, "quantize_cpu_s": 5.0, "cpu_s": 12.0, "peak_gb": 1.25}
+    judged = {"perplexity": 23.5, "kl": 0.1651, "top1": 0.785}
+    lines = table([row | judged, {"title": "other", "grid": "symmetric", "failed": "exit status 1: no"}]).splitlines()
+    assert lines[2] == "| rtn | zero points | 9 | 12 | 5 | 1.2 | 23.500 | 0.1651 | 78.5% |"
+    assert lines[3] == "| other | symmetric | exit status 1: no |||||||"
