@@ -86,7 +86,7 @@ class ServeConfig(BaseModel):
     canary_score: str | None = _option(
         None, _ADAPTERS, "Command asked before a canary is promoted, as `COMMAND NAME@v1 NAME@v2 URL`."
     )
-    canary_score_timeout_s: int = _option(600, _ADAPTERS, "How long that command may take.", ge=1)
+    canary_score_timeout_s: int = _option(600, _ADAPTERS, "How long that command, or --train-score, may take.", ge=1)
     adapter_root: tuple[str, ...] = _option(
         (), _ADAPTERS, "Directory that /v1/load_lora_adapter may read; repeatable. Default: `import` in --state."
     )
@@ -94,8 +94,23 @@ class ServeConfig(BaseModel):
     trainer_python: Path | None = _option(
         None, _TRAINING, "Python of an environment with `tunegate[train]`. Default: the gateway's own."
     )
-    train_device: Literal["auto", "cpu", "cuda"] = _option("auto", _TRAINING, "Where fine-tuning jobs train.")
+    train_device: str = _option(
+        "auto",
+        _TRAINING,
+        "Where jobs train: auto, cpu, cuda, or cuda:N, a GPU that no replica uses.",
+        pattern="^(auto|cpu|cuda|cuda:[0-9]{1,3})$",
+    )
+    train_pause_wait_ms: int | None = _option(
+        None,
+        _TRAINING,
+        "Pause training when requests queue for so long; 0: never. Default: 2000 on a shared device.",
+        ge=0,
+    )
+    train_score: str | None = _option(
+        None, _TRAINING, "Command asked before a tuned model is served, as `COMMAND BASE MODEL URL`."
+    )
     max_file_mb: int = _option(512, _TRAINING, "Largest file of /v1/files, in MB.", ge=1)
+    max_files_gb: float = _option(100.0, _TRAINING, "All files that one key keeps there, in GB.", gt=0)
 
     host: str = _option("127.0.0.1", _SERVER, "Address to listen on.")
     port: int = _option(8000, _SERVER, "Port to listen on.", ge=0, le=65535)

@@ -1,4 +1,4 @@
-"""The child process of a reward plug-in: `python -m trainer.reward_worker FILE.py FUNCTION`.
+"""The child process of a reward plug-in: `python -m trainer.reward_worker FILE.py FUNCTION`, or of a grader's file.
 
 One call a line on standard input, one answer a line on standard output. What the plug-in prints goes to standard error.
 """
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from trainer import graders
 
 
 def main(file: str, function: str) -> None:
@@ -35,6 +37,8 @@ def main(file: str, function: str) -> None:
 
 
 def _load(file: Path, function: str) -> Callable[..., Any]:
+    if file.suffix == ".json":
+        return graders.reward(file)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainer import graders
 from trainer.errors import ConfigError, RewardError
 from trainer.formats import Message
 
@@ -54,16 +55,20 @@ class Reward(Protocol):
 
 
 def make_reward(spec: str, timeout_s: float) -> Reward:
-    """The reward of `accuracy`, `format` or `FILE.py:FUNCTION`. Raises ConfigError."""
+    """The reward of `accuracy`, `format`, `FILE.py:FUNCTION` or a grader's `FILE.json`. Raises ConfigError."""
     if spec == "format":
         return FormatReward()
+    if spec.endswith(".json"):
+        return Plugin(graders.read(Path(spec)).name, Path(spec).absolute(), "graded", timeout_s)
     if spec == "accuracy":
         if importlib.util.find_spec("math_verify") is None:
             raise ConfigError("the reward `accuracy` needs math-verify: pip install 'tunegate[rewards]'")
         return Plugin("accuracy", Path(__file__).with_name("accuracy.py"), "accuracy", timeout_s)
     file, colon, function = spec.rpartition(":")
     if not colon or not function.isidentifier() or not Path(file).is_file():
-        raise ConfigError(f"reward `{spec}`: give `accuracy`, `format`, or FILE.py:FUNCTION with a file that exists")
+        raise ConfigError(
+            f"reward `{spec}`: give `accuracy`, `format`, FILE.json of a grader, or FILE.py:FUNCTION, files that exist"
+        )
     return Plugin(function, Path(file).absolute(), function, timeout_s)
 
 

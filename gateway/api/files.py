@@ -10,6 +10,7 @@ from starlette.responses import FileResponse, Response
 
 from gateway.adapters.storage import AdapterStorage
 from gateway.api import uploads
+from gateway.api.versions import Who
 from gateway.errors import InvalidRequest
 from gateway.tuning import views
 from gateway.tuning.files import PURPOSES, Files
@@ -22,7 +23,9 @@ def routes(files: Files, storage: AdapterStorage, limit_bytes: int) -> APIRouter
     router = APIRouter()
 
     @router.post("/v1/files")
-    async def create_file(request: Request) -> dict[str, Any]:
+    async def create_file(request: Request, who: Who = "") -> dict[str, Any]:
+        request.state.unread_body = True
+        await files.check_room(who, _declared_bytes(request))  # rather than after all of it has come
         with storage.staging() as work:
             form = await uploads.receive(request, work, limit_bytes, "--max-file-mb")
             purpose = form.fields.get("purpose", "")
@@ -31,7 +34,7 @@ def routes(files: Files, storage: AdapterStorage, limit_bytes: int) -> APIRouter
             if len(form.files) != 1:
                 raise InvalidRequest(f"the body has {len(form.files)} files; send one as `file`", param="file")
             part = form.files[0]
-            made = await files.add(part.path, part.filename, purpose, _seconds(form.fields))
+            made = await files.upload(part.path, part.filename, purpose, who, _seconds(form.fields))
         return views.file(made)
 
     @router.get("/v1/files")
@@ -59,6 +62,12 @@ def routes(files: Files, storage: AdapterStorage, limit_bytes: int) -> APIRouter
         return {"id": id, "object": "file", "deleted": True}
 
     return router
+
+
+def _declared_bytes(request: Request) -> int:
+    """What the body says that it holds, less what is around a file in it; 0 where it does not say."""
+    declared = request.headers.get("content-length", "")
+    return max(0, int(declared) - uploads.OVERHEAD_BYTES) if re.fullmatch("[0-9]{1,18}", declared) else 0
 
 
 def _seconds(fields: dict[str, str]) -> int | None:

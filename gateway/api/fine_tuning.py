@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Query, Request
 
+from gateway.api.versions import Who
 from gateway.errors import InvalidRequest
 from gateway.tuning import views
 from gateway.tuning.jobs import Jobs
@@ -20,8 +21,8 @@ def routes(jobs: Jobs) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/fine_tuning/jobs")
-    async def create_job(request: Request) -> dict[str, Any]:
-        return views.job(await jobs.create(await read_json(request)))
+    async def create_job(request: Request, who: Who = "") -> dict[str, Any]:
+        return views.job(await jobs.create(await read_json(request), who))
 
     @router.get("/v1/fine_tuning/jobs")
     async def list_jobs(request: Request, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:

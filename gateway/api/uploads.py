@@ -19,7 +19,7 @@ from gateway.errors import InvalidRequest, PayloadTooLarge
 _MAX_PARTS = 64
 _MAX_FIELD_BYTES = 4096
 _WRITE_BYTES = 1 << 20  # gathered before a write, which costs a change of threads
-_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and fields beside the files
+OVERHEAD_BYTES = 1 << 20  # boundaries, headers and fields beside the files
 
 
 @dataclass
@@ -35,7 +35,7 @@ async def receive(request: Request, work: Path, limit_bytes: int, flag: str = "-
 
     Raises InvalidRequest, PayloadTooLarge, OSError.
     """
-    body_limit_bytes = limit_bytes + _OVERHEAD_BYTES
+    body_limit_bytes = limit_bytes + OVERHEAD_BYTES
     boundary = _boundary(request.headers.get("content-type", ""))
     request.state.unread_body = True
     declared = request.headers.get("content-length", "")

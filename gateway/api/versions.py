@@ -23,20 +23,26 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Promote(Body):
+class Moving(Body):
+    """What moves a name. expected_version: what it points to as far as the caller knows; 409 where it does not."""
+
+    expected_version: int | None = Field(default=None, ge=1)
+
+
+class Promote(Moving):
     """Where to point the name; without a version to its canary, or the newest where none runs."""
 
     version: int | None = Field(default=None, ge=1)
     wait_s: float = Field(default=_DEFAULT_WAIT_S, ge=0, le=_LONGEST_WAIT_S)
 
 
-class Rollback(Body):
+class Rollback(Moving):
     """End the canary; where none runs, point the name to where it pointed before."""
 
     wait_s: float = Field(default=_DEFAULT_WAIT_S, ge=0, le=_LONGEST_WAIT_S)
 
 
-class StartCanary(Body):
+class StartCanary(Moving):
     """Which version gets how many percent of the requests, and what decides over it."""
 
     version: int = Field(ge=1)
@@ -62,18 +68,19 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/adapters/{name}/promote")
     async def promote(name: str, body: Promote | None = None, who: Who = "") -> dict[str, Any]:
         asked = body or Promote()
-        await versions.promote(name, asked.version, who, asked.wait_s)
+        await versions.promote(name, asked.version, who, asked.wait_s, asked.expected_version)
         return service.adapter(name)
 
     @router.post("/v1/adapters/{name}/rollback")
     async def roll_back(name: str, body: Rollback | None = None, who: Who = "") -> dict[str, Any]:
-        await versions.roll_back(name, who, (body or Rollback()).wait_s)
+        asked = body or Rollback()
+        await versions.roll_back(name, who, asked.wait_s, asked.expected_version)
         return service.adapter(name)
 
     @router.post("/v1/adapters/{name}/canary")
     async def start_canary(name: str, body: StartCanary, who: Who = "") -> dict[str, Any]:
         policy = Policy(body.automatic, body.min_requests, body.max_error_increase, body.max_slowdown)
-        await versions.start_canary(name, body.version, body.weight, policy, who)
+        await versions.start_canary(name, body.version, body.weight, policy, who, body.expected_version)
         return service.adapter(name)
 
     @router.post("/v1/adapters/{name}/aliases")

@@ -21,18 +21,22 @@ async def gauge(replicas: Sequence[Replica], loads: Loads) -> None:
     replicas: as they are at each moment; the list may change.
     """
     while True:
-        await asyncio.gather(*(_ask(replica, loads) for replica in list(replicas) if replica.answers))
+        await asyncio.gather(*(_note(replica, loads) for replica in list(replicas) if replica.answers))
         await asyncio.sleep(_EVERY_S)
 
 
-async def _ask(replica: Replica, loads: Loads) -> None:
+async def ask(replica: Replica) -> load.Load | None:
+    """How busy a replica's engine says it is; None where it does not say."""
     client, backend = replica.client, replica.backend
     if client is None or backend is None:
-        return
+        return None
     try:
         answer = await client.get(load.PATH, timeout=_TIMEOUT_S)
     except (httpx2.HTTPError, RuntimeError):  # its supervisor may close the client meanwhile
-        return
-    if answer.status_code == 200:
-        said = load.read(backend.name, answer.text)
+        return None
+    return load.read(backend.name, answer.text) if answer.status_code == 200 else None
+
+
+async def _note(replica: Replica, loads: Loads) -> None:
+    if said := await ask(replica):
         loads.write(replica.index, said.waiting, said.kv_used)

@@ -50,6 +50,14 @@ class Terms:
     priority: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """What a lent secret stands for."""
+
+    key_id: str
+    scopes: frozenset[str] | None  # that it opens; None: those of the key
+
+
 class KeyRing:
     """The keys of one gateway: those of its configuration, and those of its store."""
 
@@ -62,7 +70,7 @@ class KeyRing:
         self._on_change = on_change
         self._keys: dict[str, ApiKey] = {}
         self._lock = asyncio.Lock()
-        self._lent: dict[str, str] = {}  # digest -> the id of the key that it stands for
+        self._lent: dict[str, Loan] = {}  # by their digests
         self._configured = configured_keys(configured)
         self.published: dict[str, Key] = dict(self._configured)  # digest -> what it opens; empty: open access
 
@@ -92,15 +100,32 @@ class KeyRing:
         self._configured = configured_keys(configured)
         self._publish()
 
-    def lend(self, key_id: str) -> str:
-        """A secret that opens what this key opens and counts as its use, for work that it ordered.
+    def lend(self, key_id: str, scopes: frozenset[str] | None = None) -> str:
+        """A secret that stands for this key and counts as its use, for work that it ordered.
 
-        Good as long as this process lives and the key is good; relays know it at the next publication.
+        scopes: what it opens, instead of what the key does.
+        Good as long as this process lives, the key is good, and no other is lent for the same; relays know it at the
+        next publication.
         """
         secret = _PREFIX + secrets.token_urlsafe(32)
-        self._lent = {own: id for own, id in self._lent.items() if id != key_id} | {digest(secret): key_id}
-        self._publish()
+        self.lend_again(digest(secret), key_id, scopes)
         return secret
+
+    def lend_again(self, own: str, key_id: str, scopes: frozenset[str] | None = None) -> None:
+        """As `lend`, for a secret that an earlier process lent. own: its digest."""
+        loan = Loan(key_id, scopes)
+        self._lent = {other: lent for other, lent in self._lent.items() if lent != loan} | {own: loan}
+        self._publish()
+
+    def take_back(self, own: str) -> None:
+        """Let a lent secret open nothing any more. own: its digest."""
+        if self._lent.pop(own, None) is not None:
+            self._publish()
+
+    def opens(self, key_id: str, scope: str) -> bool:
+        """Whether a key has a scope. key_id: "" where access is open."""
+        entries = self.published.values()
+        return not key_id or any(entry.id == key_id and scope in entry.scopes for entry in entries)
 
     def all(self) -> list[dict[str, Any]]:
         """Every stored key as the API shows it, oldest first."""
@@ -196,7 +221,7 @@ class KeyRing:
             entries |= _entries(key)
         by_id = {entry.id: entry for entry in self._configured.values()}
         by_id |= {key.id: entries[key.digest] for key in self._keys.values()}  # not the one before, which ends
-        entries |= {own: by_id[id] for own, id in self._lent.items() if id in by_id}
+        entries |= {own: _lent(by_id[loan.key_id], loan) for own, loan in self._lent.items() if loan.key_id in by_id}
         if entries != self.published:
             self.published = entries
             self._on_change()
@@ -296,6 +321,10 @@ def _entries(key: ApiKey) -> dict[str, Key]:
         ends.append(key.previous_until)
         entries[key.previous_digest] = msgspec.structs.replace(entry, expires_at=min(ends))
     return entries
+
+
+def _lent(key: Key, loan: Loan) -> Key:
+    return key if loan.scopes is None else msgspec.structs.replace(key, scopes=loan.scopes)
 
 
 def _folded(key: ApiKey, requests: int, tokens: int, now: int) -> ApiKey:

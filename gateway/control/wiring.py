@@ -33,11 +33,13 @@ from gateway.control.service import Policy, Service
 from gateway.control.store import Store
 from gateway.control.timings import Timings
 from gateway.preflight import engine_spec
-from gateway.tuning.desk import Desk
+from gateway.tuning.desk import Desk, Training
+from gateway.tuning.pressure import Rule
 from gateway.tuning.trainer import Place as TrainerPlace
 from gateway.tuning.trainer import Trainer
 
 _STOP_GRACE_S = 10.0
+_PAUSE_WAIT_MS = 2000  # on a device that jobs share with serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +71,13 @@ def build(running: Running, run_dir: Path, main_pid: int, notebook: Notebook | N
         backend=registry.get(config.backend) if spec else None,
         capacity=capacity,
         run_dir=run_dir,
-        hosts=_local_hosts(running.indices, spec, place) if spec else _attached_hosts(config),
+        hosts=_local_hosts(running.indices, config.replicas, spec, place) if spec else _attached_hosts(config),
         timings=Timings(
             start_s=float(config.start_timeout_s), stop_grace_s=_STOP_GRACE_S, drain_s=float(config.drain_timeout_s)
         ),
         api_keys=config.api_key,
         gate=_gate(config, spec, base_path),
-        score=_score(config),
+        score=_score(config, "--canary-score", config.canary_score, config.canary_score_timeout_s),
         gauge=config.routing == "engine-load",
     )
     core = Core(setup, store, storage)
@@ -89,7 +91,7 @@ def build(running: Running, run_dir: Path, main_pid: int, notebook: Notebook | N
     service = Service(core, storage, policy, _created(base_path))
     estate = Estate(core, None if config.attach else functools.partial(_make, place), running, notebook)
     trainers = TrainerPlace(state / "jobs" / "processes", state / "logs", main_pid)
-    desk = Desk(service, store, config, Trainer(config.trainer_python, config.train_device, trainers), _own_url(config))
+    desk = Desk(service, store, config, _training(config, spec, trainers), _own_url(config))
     web = app.create(service, _adapter_roots(config), estate, desk.routes(config.max_file_mb * 1_000_000))
     return Control(core, web, store, desk)
 
@@ -104,16 +106,19 @@ def _make(place: Place, config: ServeConfig, indices: Sequence[int]) -> tuple[Ba
     backend = registry.get(spec.backend)
     backend.check(spec)
     check_checkpoint(spec)
-    return backend, _local_hosts(indices, spec, place)
+    return backend, _local_hosts(indices, config.replicas, spec, place)
 
 
-def _local_hosts(indices: Sequence[int], spec: EngineSpec, place: Place) -> list[tuple[str, Host]]:
+def _local_hosts(indices: Sequence[int], replicas: int, spec: EngineSpec, place: Place) -> list[tuple[str, Host]]:
+    """Hosts of these replica numbers. replicas: how many there are to be in all."""
     backend = registry.get(spec.backend)
     executable = envs.executable(envs.find(spec.backend, spec.version, spec.device))
-    share = spec.device == "cuda" and spec.version != envs.EMULATOR and len(indices) > 1
+    alone = replicas == 1 and max(indices, default=0) == 0
+    share = spec.device == "cuda" and spec.version != envs.EMULATOR and not alone
     hosts: list[tuple[str, Host]] = []
     for index in indices:
-        env = gpus_of(index, spec, os.environ.get("CUDA_VISIBLE_DEVICES"), envs.gpu_count()) if share else {}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        env = gpus_of(index, replicas, spec, visible, envs.gpu_count()) if share else {}
         hosts.append((f"r{index}", LocalHost(f"r{index}", backend, spec, executable, place, env)))
     return hosts
 
@@ -143,17 +148,35 @@ def _gate(config: ServeConfig, spec: EngineSpec | None, base_path: Path | None) 
     return Gate(precision(config.dtype, quantized), config.golden_tolerance)
 
 
-def _score(config: ServeConfig) -> ScoreCommand | None:
-    """The operator's judge of canaries: from the configuration, never from the API, since it runs a program."""
-    if config.canary_score is None:
+def _score(config: ServeConfig, flag: str, command: str | None, limit_s: int) -> ScoreCommand | None:
+    """A judge of the operator's: from the configuration, never from the API, since it runs a program."""
+    if command is None:
         return None
     try:
-        argv = tuple(shlex.split(config.canary_score))
+        argv = tuple(shlex.split(command))
     except ValueError as error:
-        raise ConfigError(f"--canary-score {config.canary_score!r} is no command line: {error}") from error
+        raise ConfigError(f"{flag} {command!r} is no command line: {error}") from error
     if not argv:
-        raise ConfigError("--canary-score is empty; give a command, or leave it out")
-    return ScoreCommand(argv, _own_url(config), float(config.canary_score_timeout_s))
+        raise ConfigError(f"{flag} is empty; give a command, or leave it out")
+    return ScoreCommand(argv, _own_url(config), float(limit_s))
+
+
+def _training(config: ServeConfig, spec: EngineSpec | None, place: TrainerPlace) -> Training:
+    """How jobs are trained. Engines that others started may be anywhere: nothing is known to be shared with them."""
+    device, _, own = config.train_device.partition(":")
+    on = envs.default_device() if device == "auto" else device
+    wait_ms = config.train_pause_wait_ms
+    if wait_ms is None:
+        wait_ms = _PAUSE_WAIT_MS if spec is not None and on == spec.device and not own else 0
+    if own and spec is not None and spec.device == "cuda":
+        used = config.replicas * spec.tensor_parallel * spec.pipeline_parallel
+        if int(own) < used and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            raise ConfigError(f"--train-device {config.train_device}: replicas use the first {used} GPUs; give another")
+    return Training(
+        Trainer(config.trainer_python, config.train_device, place),
+        Rule(wait_ms / 1e3) if wait_ms else None,
+        _score(config, "--train-score", config.train_score, config.canary_score_timeout_s),
+    )
 
 
 def _own_url(config: ServeConfig) -> str:

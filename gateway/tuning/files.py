@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from gateway.adapters.storage import full_disk_is_an_error
-from gateway.errors import InvalidRequest, NotFound
+from gateway.errors import InvalidRequest, NotFound, QuotaExceeded
 from gateway.tuning.records import File, new_id
 from gateway.tuning.store import Objects
 
@@ -25,9 +25,12 @@ _EXPIRY_S = range(3600, 2_592_001)
 class Files:
     """Add, find, read, delete."""
 
-    def __init__(self, objects: Objects, directory: Path) -> None:
+    def __init__(self, objects: Objects, directory: Path, limit_bytes: int) -> None:
+        """limit_bytes: of all files that one key has here."""
         self._objects = objects
         self._directory = directory
+        self._limit_bytes = limit_bytes
+        self._uploads = asyncio.Lock()  # each is held against what is there, then added
 
     async def open(self) -> None:
         """Make the directory, and clear it of what a crash left."""
@@ -37,14 +40,38 @@ class Files:
         """Where a file's bytes lie."""
         return self._directory / id
 
-    async def add(self, staged: Path, filename: str, purpose: str, expires_after_s: int | None = None) -> File:
-        """Keep a file from staging, which its owner clears away. Raises InvalidRequest, StorageFull, OSError."""
+    async def upload(
+        self, staged: Path, filename: str, purpose: str, key_id: str, expires_after_s: int | None = None
+    ) -> File:
+        """As `add`, for a client, whose key has room for so much only. Raises QuotaExceeded too."""
+        async with self._uploads:
+            await self.check_room(key_id, (await asyncio.to_thread(staged.stat)).st_size)
+            return await self.add(staged, filename, purpose, key_id, expires_after_s)
+
+    async def check_room(self, key_id: str, size_bytes: int) -> None:
+        """Refuse what would go beyond what a key may keep here. Raises QuotaExceeded."""
+        files = await asyncio.to_thread(self._objects.all, File)
+        kept_bytes = sum(file.size_bytes for file in files if file.key_id == key_id)
+        if kept_bytes + size_bytes > self._limit_bytes:
+            whose = f"the key {key_id} keeps" if key_id else "there are"
+            raise QuotaExceeded(
+                f"{whose} {kept_bytes / 1e6:.1f} MB of files here, and {size_bytes / 1e6:.1f} MB more are over the "
+                f"limit of {self._limit_bytes / 1e9:g} GB (--max-files-gb); delete some, or have them expire"
+            )
+
+    async def add(
+        self, staged: Path, filename: str, purpose: str, key_id: str, expires_after_s: int | None = None
+    ) -> File:
+        """Keep a file from staging, which its owner clears away. Raises InvalidRequest, StorageFull, OSError.
+
+        key_id: whose it is; "" where access is open.
+        """
         if expires_after_s is not None and expires_after_s not in _EXPIRY_S:
             raise InvalidRequest(
                 f"expires_after[seconds] is {expires_after_s}; give {_EXPIRY_S.start} to {_EXPIRY_S.stop - 1}",
                 param="expires_after",
             )
-        return await asyncio.to_thread(self._add, staged, filename, purpose, expires_after_s)
+        return await asyncio.to_thread(self._add, staged, filename, purpose, key_id, expires_after_s)
 
     async def get(self, id: str, param: str = "file_id") -> File:
         """What is known of a file. Raises NotFound."""
@@ -74,7 +101,7 @@ class Files:
             if _expired(file):
                 await asyncio.to_thread(self._delete, file.id)
 
-    def _add(self, staged: Path, filename: str, purpose: str, expires_after_s: int | None) -> File:
+    def _add(self, staged: Path, filename: str, purpose: str, key_id: str, expires_after_s: int | None) -> File:
         now = int(time.time())
         file = File(
             id=new_id("file-"),
@@ -83,6 +110,7 @@ class Files:
             purpose=purpose,
             size_bytes=staged.stat().st_size,
             expires_at=None if expires_after_s is None else now + expires_after_s,
+            key_id=key_id,
         )
         with full_disk_is_an_error():
             _sync(staged)

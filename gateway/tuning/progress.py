@@ -54,12 +54,12 @@ def event(job: Job, line: dict[str, Any]) -> Event | None:
     if kind == "resumed":
         return Event(created_at=at, message=f"Training goes on after step {step}", data={"step": step})
     if kind == "step":
-        message = f"Step {step}/{job.total_steps}: training loss={_shown(line.get('loss'))}"
+        message = f"Step {step}/{job.total_steps}: {_told('training', line)}"
         data = {"step": step, "total_steps": job.total_steps} | _train(line)
         data |= {"learning_rate": line.get("learning_rate"), "tokens": line.get("tokens")}
         return Event(created_at=at, message=message, type="metrics", data=data)
     if kind == "eval":
-        message = f"Step {step}/{job.total_steps}: validation loss={_shown(line.get('loss'))}"
+        message = f"Step {step}/{job.total_steps}: {_told('validation', line)}"
         return Event(created_at=at, message=message, type="metrics", data={"step": step} | _valid(line))
     if kind == "paused":
         return Event(created_at=at, message=f"Training paused after step {step}", data={"step": step})
@@ -103,18 +103,23 @@ def failure(file: Path) -> str | None:
 
 
 def _train(line: dict[str, Any]) -> dict[str, Any]:
-    return _named(line, {"loss": "train_loss", "token_accuracy": "train_mean_token_accuracy"})
+    names = {"loss": "train_loss", "token_accuracy": "train_mean_token_accuracy", "reward": "train_mean_reward"}
+    return _named(line, names)
 
 
 def _valid(line: dict[str, Any]) -> dict[str, Any]:
     # The whole file is evaluated each time, so both of OpenAI's figures are the same.
-    loss = _named(line, {"loss": "valid_loss", "token_accuracy": "valid_mean_token_accuracy"})
-    return loss | {f"full_{name}": value for name, value in loss.items()}
+    names = {"loss": "valid_loss", "token_accuracy": "valid_mean_token_accuracy", "reward": "valid_mean_reward"}
+    found = _named(line, names)
+    return found | {f"full_{name}": value for name, value in found.items()}
 
 
 def _named(line: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return {new: line[old] for old, new in names.items() if line.get(old) is not None}
 
 
-def _shown(loss: float | None) -> str:
-    return "not a number" if loss is None else f"{loss:.4f}"
+def _told(part: str, line: dict[str, Any]) -> str:
+    """The figure that a method is judged by; part: of the data."""
+    figure = "mean reward" if "reward" in line else "loss"
+    value = line.get("reward", line.get("loss"))
+    return f"{part} {figure}={'not a number' if value is None else f'{value:.4f}'}"

@@ -18,6 +18,7 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
     purpose: str
     size_bytes: int
     expires_at: int | None = None
+    key_id: str = ""  # who sent it, or ordered what it holds; "" where access is open
     status: str = "processed"
 
 
@@ -64,13 +65,17 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     model: str  # the base's public name
     training_file: str
     validation_file: str | None
-    method: Literal["supervised", "dpo"]
+    method: Literal["supervised", "dpo", "reinforcement"]
     hyperparameters: dict[str, Any]  # in force: nothing is `auto` any more
     settings: dict[str, Any]  # the `tunegate` object, as given
     seed: int
     name: str  # of the model to come
     config: dict[str, Any]  # what the trainer is told, but for paths
     gate_eval_loss: bool
+    grader: dict[str, Any] | None = None  # of reinforcement
+    key_id: str = ""  # who ordered it; "" where access is open
+    pass_digest: str = ""  # of the secret by which its trainer calls the gateway
+    held: bool = False  # paused by the gateway, which lets it go on when requests no longer queue
     metadata: dict[str, str] | None = None
     fine_tuned_model: str | None = None
     finished_at: int | None = None

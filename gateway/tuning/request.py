@@ -12,11 +12,14 @@ from gateway.errors import InvalidRequest
 
 ORGANIZATION = "tunegate"
 Auto = Literal["auto"]
-_LEARNING_RATE = {"supervised": 2e-4, "dpo": 5e-6}  # times learning_rate_multiplier
-_METHODS = {"supervised": "sft", "dpo": "dpo"}
+MethodName = Literal["supervised", "dpo", "reinforcement"]
+_LEARNING_RATE = {"supervised": 2e-4, "dpo": 5e-6, "reinforcement": 2e-5}  # times learning_rate_multiplier
+TRAINER_METHODS = {"supervised": "sft", "dpo": "dpo", "reinforcement": "grpo"}
 _EPOCHS, _BETA = 3, 0.1  # for `auto`
 _SMALL_DATA = 1000  # examples; below it a step has fewer of them
 _BATCH_SIZE, _SMALL_BATCH_SIZE = 16, 8
+_GROUP_SIZE = 8  # answers to a prompt, times compute_multiplier
+_COMPLETION_TOKENS = 256
 _KEPT_CHECKPOINTS = 3
 _SEEDS = 2**31
 
@@ -37,6 +40,16 @@ class DpoHyperparameters(Hyperparameters):
     beta: float | Auto = Field(default="auto", gt=0, le=2)
 
 
+class ReinforcementHyperparameters(Hyperparameters):
+    """eval_interval: steps between evaluations. compute_multiplier: of the answers that are sampled for a prompt."""
+
+    batch_size: int | Auto = Field(default="auto", ge=1, le=256)
+    compute_multiplier: float | Auto = Field(default="auto", ge=0.25, le=32)
+    eval_interval: int | Auto = Field(default="auto", ge=1)
+    eval_samples: Literal["auto", 1] = "auto"  # held-out prompts are answered once, greedily
+    reasoning_effort: Literal["default"] = "default"
+
+
 class Supervised(_Body):
     hyperparameters: Hyperparameters = Hyperparameters()
 
@@ -45,10 +58,16 @@ class Dpo(_Body):
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
 
+class Reinforcement(_Body):
+    grader: dict[str, Any]  # the trainer reads it, and says what is wrong with it
+    hyperparameters: ReinforcementHyperparameters = ReinforcementHyperparameters()
+
+
 class Method(_Body):
-    type: Literal["supervised", "dpo"] = "supervised"
+    type: MethodName = "supervised"
     supervised: Supervised | None = None
     dpo: Dpo | None = None
+    reinforcement: Reinforcement | None = None
 
 
 class Gate(_Body):
@@ -67,7 +86,10 @@ class Settings(_Body):
     max_length: int = Field(default=2048, ge=8)
     learning_rate: float | None = Field(default=None, gt=0)
     schedule: Literal["cosine", "linear", "constant"] | None = None
+    max_completion_tokens: int | None = Field(default=None, ge=1)  # of reinforcement
     gate: Gate = Gate()
+    adapter: str | None = None  # the result becomes this adapter's next version
+    canary_weight: float | None = None  # percent of that adapter's requests that it gets at first; None: all
 
 
 class CreateJob(_Body):
@@ -89,16 +111,12 @@ def parse(body: Any) -> CreateJob:
     """Raises InvalidRequest, which names the field, and for an unknown one the nearest."""
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object with at least `model` and `training_file`")
-    method = body.get("method")
-    if isinstance(method, dict) and method.get("type") == "reinforcement":
-        raise InvalidRequest(
-            "method.type reinforcement is not offered by this API; `gateway train grpo` is, against a live gateway",
-            param="method.type",
-        )
     try:
-        return CreateJob.model_validate(body)
+        asked = CreateJob.model_validate(body)
     except ValidationError as error:
         raise _explained(error) from error
+    _check_together(asked)
+    return asked
 
 
 def hyperparameters(asked: CreateJob, examples: int) -> dict[str, Any]:
@@ -110,16 +128,22 @@ def hyperparameters(asked: CreateJob, examples: int) -> dict[str, Any]:
         "batch_size": min(batch_size, examples),
         "learning_rate_multiplier": 1.0,
         "beta": _BETA,
+        "compute_multiplier": 1.0,
+        "eval_samples": 1,
     }
-    return {name: automatic[name] if value == "auto" else value for name, value in given.model_dump().items()}
+    values = given.model_dump()
+    if values["batch_size"] == "auto":
+        values["batch_size"] = automatic["batch_size"]
+    automatic["eval_interval"] = -(-examples // values["batch_size"])
+    return {name: automatic[name] if value == "auto" else value for name, value in values.items()}
 
 
 def trainer_config(asked: CreateJob, values: dict[str, Any], examples: int) -> dict[str, Any]:
-    """The keys of `gateway train sft|dpo --config`, but for paths. values: the hyperparameters in force."""
+    """The keys of `gateway train … --config`, but for paths. values: the hyperparameters in force."""
     method, settings = method_of(asked), asked.tunegate
     steps_per_epoch = -(-examples // values["batch_size"])
     config: dict[str, Any] = {
-        "method": _METHODS[method],
+        "method": TRAINER_METHODS[method],
         "epochs": values["n_epochs"],
         "batch_size": values["batch_size"],
         "learning_rate": settings.learning_rate or _LEARNING_RATE[method] * values["learning_rate_multiplier"],
@@ -134,12 +158,15 @@ def trainer_config(asked: CreateJob, values: dict[str, Any], examples: int) -> d
         "lora_target": settings.lora_target,
         "schedule": settings.schedule,
         "beta": values.get("beta"),
-        "eval_every": steps_per_epoch if asked.validation_file else None,
+        "eval_every": values.get("eval_interval", steps_per_epoch) if asked.validation_file else None,
     }
+    if method == "reinforcement":
+        optional["group_size"] = max(2, round(_GROUP_SIZE * values["compute_multiplier"]))
+        optional["max_completion_tokens"] = _completion_tokens(settings)
     return config | {name: value for name, value in optional.items() if value is not None}
 
 
-def method_of(asked: CreateJob) -> Literal["supervised", "dpo"]:
+def method_of(asked: CreateJob) -> MethodName:
     """The method; supervised where none is named."""
     return asked.method.type if asked.method else "supervised"
 
@@ -162,13 +189,46 @@ def _given(asked: CreateJob) -> Hyperparameters:
         raise InvalidRequest(
             "hyperparameters are given beside `method`; put them into method." + method.type, param="hyperparameters"
         )
-    other = {"supervised": method.dpo, "dpo": method.supervised}[method.type]
-    if other is not None:
+    own: dict[MethodName, Supervised | Dpo | Reinforcement | None] = {
+        "supervised": method.supervised,
+        "dpo": method.dpo,
+        "reinforcement": method.reinforcement,
+    }
+    if any(settings is not None for name, settings in own.items() if name != method.type):
         raise InvalidRequest(f"method.type is {method.type!r}, but settings of another are given", param="method")
-    own = method.supervised if method.type == "supervised" else method.dpo
-    if own is None:
+    settings = own[method.type]
+    if settings is None:
         return Hyperparameters() if method.type == "supervised" else DpoHyperparameters()
-    return own.hyperparameters
+    return settings.hyperparameters
+
+
+def _check_together(asked: CreateJob) -> None:
+    """What fits none of the fields alone. Raises InvalidRequest."""
+    settings, reinforcement = asked.tunegate, method_of(asked) == "reinforcement"
+    if reinforcement and (asked.method is None or asked.method.reinforcement is None):
+        raise InvalidRequest(
+            "method.type is 'reinforcement'; give method.reinforcement.grader", param="method.reinforcement"
+        )
+    if settings.max_completion_tokens is not None and not reinforcement:
+        raise InvalidRequest(
+            "tunegate.max_completion_tokens is of reinforcement; other methods sample no answers",
+            param="tunegate.max_completion_tokens",
+        )
+    if reinforcement and _completion_tokens(settings) >= settings.max_length:
+        raise InvalidRequest(
+            f"tunegate.max_completion_tokens ({_completion_tokens(settings)}) leaves no room for a prompt in "
+            f"tunegate.max_length ({settings.max_length})",
+            param="tunegate.max_completion_tokens",
+        )
+    if settings.canary_weight is not None and settings.adapter is None:
+        raise InvalidRequest(
+            "tunegate.canary_weight is a share of an adapter's requests; name the adapter by tunegate.adapter",
+            param="tunegate.canary_weight",
+        )
+
+
+def _completion_tokens(settings: Settings) -> int:
+    return settings.max_completion_tokens or _COMPLETION_TOKENS
 
 
 def _explained(error: ValidationError) -> InvalidRequest:
@@ -198,6 +258,9 @@ def _schema_at(path: list[str]) -> type[BaseModel]:
 
 _FIELDS = {
     name
-    for schema in (CreateJob, Method, Supervised, Dpo, DpoHyperparameters, Settings, Gate)
+    for schema in (
+        CreateJob, Method, Supervised, Dpo, DpoHyperparameters, Reinforcement, ReinforcementHyperparameters, Settings,
+        Gate,
+    )
     for name in schema.model_fields
-}
+}  # fmt: skip

@@ -47,9 +47,10 @@ class Trainer:
     """Checks data and trains, in the environment of one Python."""
 
     def __init__(self, python: Path | None, device: str, place: Place) -> None:
-        """python: with torch and the trainer; None: the one that runs the gateway. device: auto, cpu or cuda."""
+        """python: with torch and the trainer; None: the one that runs the gateway. device: auto, cpu, cuda, cuda:N."""
         self._python = str(python.absolute() if python else Path(sys.executable))
-        self.device = device
+        self.device, _, own = device.partition(":")
+        self._own_device = {"CUDA_VISIBLE_DEVICES": own} if own else {}
         self._place = place
         self._proven = False
 
@@ -67,12 +68,13 @@ class Trainer:
             )
         self._proven = True
 
-    def check_data(self, file: Path, filename: str, method: str, param: str) -> int:
-        """How many good examples a file holds. method: as the trainer calls it.
+    def check_data(self, file: Path, filename: str, method: str, param: str, grader: Path | None = None) -> int:
+        """How many good examples a file holds. method: as the trainer calls it. grader: what will read them.
 
-        Raises InvalidRequest with the number of each bad line.
+        Raises InvalidRequest with the number of each bad line, or what is wrong with the grader.
         """
-        done = _run([self._python, "-m", "trainer", "check-data", "--method", method, str(file)], _CHECK_S)
+        judged = ["--grader", str(grader)] if grader else []
+        done = _run([self._python, "-m", "trainer", "check-data", "--method", method, *judged, str(file)], _CHECK_S)
         if done is None:
             raise InvalidRequest(f"{filename} could not be checked within {_CHECK_S} s; send less", param=param)
         good = _GOOD.search(done.stdout)
@@ -82,19 +84,26 @@ class Trainer:
         if not said.startswith("Error: "):  # a traceback names the server's paths
             _log.error("check-data ended with status %d: %s", done.returncode, done.stderr)
             said = f"the trainer could not check {filename}; the gateway's log says why"
+        if said.startswith("Error: grader"):
+            own = "method.reinforcement.grader"
+            raise InvalidRequest(said.removeprefix("Error: "), param=own, code="invalid_grader")
         raise InvalidRequest(said.removeprefix("Error: "), param=param, code="invalid_training_file")
 
     def adopt(self, job_id: str) -> EngineProcess | None:
         """The process of a job that runs already."""
         return process.adopt(self._place.run_dir, job_id)
 
-    def start(self, job_id: str, method: str, config: Path, run: Path) -> EngineProcess:
-        """Start a run, or go on with it where its last checkpoint stands. Raises BackendError, OSError."""
+    def start(self, job_id: str, method: str, config: Path, run: Path, secret: str | None = None) -> EngineProcess:
+        """Start a run, or go on with it where its last checkpoint stands. Raises BackendError, OSError.
+
+        secret: by which it may call the gateway.
+        """
         self._place.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         begun = (run / "run.json").exists()
         arguments = ("resume", str(run)) if begun else (method, "--config", str(config))
         # Beside a busy server on the same cores, threads that spin while they wait slow down both.
-        launch = Launch((self._python, "-m", "trainer", *arguments), {"OMP_WAIT_POLICY": "PASSIVE"})
+        env = {"OMP_WAIT_POLICY": "PASSIVE"} | ({"TUNEGATE_API_KEY": secret} if secret else {})
+        launch = Launch((self._python, "-m", "trainer", *arguments), env | self._own_device)
         log = self.log_path(job_id)
         nowhere = Endpoint("", 0, "")
         return process.start(job_id, self._place.run_dir, log, launch, nowhere, self._place.main_pid, _PAUSE_GRACE_S)

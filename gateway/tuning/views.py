@@ -31,6 +31,7 @@ def file(file: File) -> dict[str, Any]:
 
 def job(job: Job) -> dict[str, Any]:
     supervised = job.method == "supervised"
+    settings = {"hyperparameters": job.hyperparameters} | ({"grader": job.grader} if job.grader else {})
     error = {"code": job.error.code, "message": job.error.message, "param": job.error.param} if job.error else None
     return {
         "id": job.id,
@@ -48,11 +49,11 @@ def job(job: Job) -> dict[str, Any]:
         "trained_tokens": job.trained_tokens,
         "error": error,
         "hyperparameters": job.hyperparameters if supervised else {},
-        "method": {"type": job.method, job.method: {"hyperparameters": job.hyperparameters}},
+        "method": {"type": job.method, job.method: settings},
         "seed": job.seed,
         "integrations": [],
         "metadata": job.metadata,
-        "tunegate": job.settings,
+        "tunegate": job.settings | ({"paused_for": "serving"} if job.held else {}),
     }
 
 

@@ -166,7 +166,9 @@ def test_preference_job(client: openai.OpenAI, target: Target) -> None:
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "greater than"),
         ({"hyperparameters": {"batch_size": "many"}}, "hyperparameters.batch_size", "given 'many'"),
         ({"suffix": "x" * 65}, "suffix", "64"),
-        ({"method": {"type": "reinforcement"}}, "method.type", "grpo"),
+        ({"method": {"type": "reinforcement"}}, "method.reinforcement", "grader"),
+        ({"extra_body": {"tunegate": {"canary_weight": 5}}}, "tunegate.canary_weight", "name the adapter"),
+        ({"extra_body": {"tunegate": {"max_completion_tokens": 5}}}, "tunegate.max_completion_tokens", "reinforcement"),
         ({"integrations": [{"type": "wandb"}]}, "integrations", "not offered"),
     ],
 )

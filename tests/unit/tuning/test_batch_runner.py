@@ -19,8 +19,9 @@ from gateway.control.core import Core
 from gateway.control.store import Store
 from gateway.errors import StorageFull
 from gateway.tuning import batch_runner as module
-from gateway.tuning import lines
-from gateway.tuning.batch_runner import BatchRunner, _Work
+from gateway.tuning import batch_work, lines
+from gateway.tuning.batch_runner import BatchRunner
+from gateway.tuning.batch_work import Room, Work
 from gateway.tuning.batches import WINDOW_S, Batch, Batches
 from gateway.tuning.files import Files
 from gateway.tuning.store import Objects
@@ -64,7 +65,7 @@ async def batches(tmp_path: Path, objects: Objects, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(httpx2, "AsyncClient", Gateway)
     monkeypatch.setattr(BatchRunner, "_secret", no_secret)
     monkeypatch.setattr(module, "_RETRY_S", 0.01)
-    batches = Batches(objects, Files(objects, tmp_path / "files"), tmp_path / "batches")
+    batches = Batches(objects, Files(objects, tmp_path / "files", 10**9), tmp_path / "batches")
     await batches.files.open()
     return batches
 
@@ -72,7 +73,7 @@ async def batches(tmp_path: Path, objects: Objects, monkeypatch: pytest.MonkeyPa
 async def create(batches: Batches, model: str = "m", key_id: str = "") -> Batch:
     staged = batches._directory.parent / "staged"
     staged.write_text(row("a", json.dumps({"model": model})))
-    file = await batches.files.add(staged, "in.jsonl", "batch")
+    file = await batches.files.add(staged, "in.jsonl", "batch", key_id)
     staged.unlink(missing_ok=True)
     return await batches.create({"input_file_id": file.id, "endpoint": _URL, "completion_window": "24h"}, key_id)
 
@@ -113,7 +114,7 @@ async def test_answers_that_cannot_be_written_fail_the_batch(batches: Batches, m
     def full(*_: object) -> bytes:
         raise OSError(errno.ENOSPC, "No space left on device", "/secret/path")
 
-    monkeypatch.setattr(_Work, "_encode", full)
+    monkeypatch.setattr(Work, "_encode", full)
     batch = await create(batches)
     async with running(batches):
         failed = await until(lambda now: now.status == "failed", batches, batch.id)
@@ -145,10 +146,38 @@ async def test_a_key_at_its_limit_holds_up_only_its_own(batches: Batches) -> Non
         assert (await batches.get(limited.id)).status == "in_progress"
 
 
-def work(batches: Batches, batch: Batch) -> _Work:
+async def test_batches_of_a_key_go_on_side_by_side(batches: Batches) -> None:
+    stuck = [await create(batches, "limited", "key-a") for _ in range(module._SIDE_BY_SIDE - 1)]
+    small = await create(batches, "m", "key-a")
+    async with running(batches):
+        await until(lambda now: now.status == "completed", batches, small.id)
+        assert {(await batches.get(batch.id)).status for batch in stuck} == {"in_progress"}
+
+
+async def test_a_relay_that_does_not_know_the_secret_yet_is_asked_again(
+    batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart of control relays learn of it a while later."""
+    unknown = [httpx2.Response(401, json={})] * 2
+
+    async def post(*_: object, **__: object) -> httpx2.Response:
+        return unknown.pop() if unknown else httpx2.Response(200, json={})
+
+    async def secret(*_: object) -> str:
+        return "secret"
+
+    monkeypatch.setattr(Gateway, "post", post)
+    monkeypatch.setattr(BatchRunner, "_secret", secret)
+    batch = await create(batches, "m", "key-a")
+    async with running(batches):
+        done = await until(lambda now: now.status == "completed", batches, batch.id)
+    assert (done.completed, done.failed) == (1, 0)
+
+
+def work(batches: Batches, batch: Batch) -> Work:
     with Path("/dev/null").open("ab") as sink:
         input_file = batches.folder(batch) / "input.jsonl"
-        return _Work(batches, batch, input_file, deque(), sink, sink, 0, 0, asyncio.Semaphore())
+        return Work(batches, batch, input_file, deque(), sink, sink, 0, 0, Room())
 
 
 async def test_no_room_ends_with_the_batchs_time(batches: Batches) -> None:
@@ -162,15 +191,15 @@ async def test_no_room_ends_with_the_batchs_time(batches: Batches) -> None:
 async def test_telling_goes_on_after_an_error(batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
     told, again = 0, asyncio.Event()
 
-    async def fails_first(_: _Work) -> None:
+    async def fails_first(_: Work) -> None:
         nonlocal told
         told += 1
         if told == 1:
             raise StorageFull("full")
         again.set()
 
-    monkeypatch.setattr(_Work, "_tell_once", fails_first)
-    monkeypatch.setattr(module, "_TOLD_EVERY_S", 0.0)
+    monkeypatch.setattr(Work, "_tell_once", fails_first)
+    monkeypatch.setattr(batch_work, "_TOLD_EVERY_S", 0.0)
     telling = asyncio.create_task(work(batches, await create(batches))._tell())
     async with asyncio.timeout(5):
         await again.wait()

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 from fastapi import Request
 
@@ -22,14 +23,17 @@ from gateway.api import fine_tuning
 from gateway.control.service import Service
 from gateway.control.store import Store
 from gateway.control.views import FAILED, READY
-from gateway.errors import InvalidRequest
-from gateway.tuning import runner as module
+from gateway.errors import Conflict, InvalidRequest
+from gateway.tuning import results as module
+from gateway.tuning import runner as runner_module
 from gateway.tuning.files import Files
 from gateway.tuning.jobs import Jobs
+from gateway.tuning.pressure import Queues, Rule
 from gateway.tuning.records import Job, Status
+from gateway.tuning.results import Results
 from gateway.tuning.runner import Runner
 from gateway.tuning.store import Objects
-from gateway.tuning.trainer import Place, Trainer
+from gateway.tuning.trainer import EXIT_PAUSED, Place, Trainer
 from tests.support.wait import eventually
 from trainer.data import read_lines
 from trainer.errors import DataError
@@ -90,8 +94,18 @@ def job(id: str = "ftjob-1", status: Status = Status.RUNNING) -> Job:
 
 
 def jobs_of(objects: Objects, folder: Path, service: Adapters, trainer: Any = None) -> Jobs:
-    files = Files(objects, folder / "files")
-    return Jobs(cast(Service, service), objects, files, cast(Trainer, trainer), folder / "jobs")
+    files = Files(objects, folder / "files", 10**9)
+    return Jobs(cast(Service, service), objects, files, cast(Trainer, trainer), folder / "jobs", "http://here")
+
+
+def runner_of(jobs: Jobs, rule: Rule | None = None, waiting: list[int] | None = None) -> Runner:
+    """waiting: what waits at each look, the last one for ever."""
+    waits = waiting or [0]
+
+    async def look(engines: bool) -> int:
+        return waits.pop(0) if len(waits) > 1 else waits[0]
+
+    return Runner(jobs, Results(jobs, None), cast(Queues, SimpleNamespace(waiting=look)), rule)
 
 
 async def published(objects: Objects, folder: Path, service: Adapters, jobs: Jobs) -> Job:
@@ -102,7 +116,7 @@ async def published(objects: Objects, folder: Path, service: Adapters, jobs: Job
     result.mkdir(parents=True)
     (result / "manifest.json").write_text(json.dumps({"metrics": {"step": 1, "tokens": 1, "eval": {}}}))
     (result.parent / "events.jsonl").touch()
-    await Runner(jobs)._publish(job())
+    await Results(jobs, None).publish(job())
     return await jobs.get("ftjob-1")
 
 
@@ -137,10 +151,79 @@ async def test_a_trainer_left_behind_is_followed(tmp_path: Path, objects: Object
     objects.put(job("ftjob-0", Status.QUEUED))
     objects.put(job(status=status))
     jobs.run_dir(job()).mkdir(parents=True)
-    runner = Runner(jobs)
+    runner = runner_of(jobs)
     assert await runner._look() and await runner._look()
     assert (await jobs.get("ftjob-0")).status is Status.QUEUED
     assert not process.living if status is Status.CANCELLED else (jobs.run_dir(job()) / "pause").exists()
+
+
+async def test_a_job_yields_to_serving(tmp_path: Path, objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer is asked to pause; nothing begins while requests queue; then the same job goes on first."""
+    begun: list[str] = []
+    process = Process()
+
+    def start(job_id: str, *_: object) -> Process:
+        begun.append(job_id)
+        process.living = True
+        return process
+
+    monkeypatch.setattr(Process, "exit_status", lambda _: EXIT_PAUSED)
+    trainer = SimpleNamespace(adopt=lambda _: None, start=start, prove=lambda: None)
+    jobs = jobs_of(objects, tmp_path, Adapters(), trainer)
+    objects.put(job("ftjob-0", Status.QUEUED))
+    objects.put(job(status=Status.RUNNING))
+    pause = jobs.run_dir(job()) / "pause"
+    pause.parent.mkdir(parents=True)
+    clock = iter(range(1000))
+    monkeypatch.setattr(runner_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    runner = runner_of(jobs, Rule(wait_s=2), waiting=[0, 1, 1, 1, 1, 0])
+    for _ in range(5):
+        await runner._look()
+    held = await jobs.get("ftjob-1")
+    assert begun == ["ftjob-1"] and (held.status, held.held) == (Status.PAUSED, True)
+    await runner._look()
+    assert pause.exists()
+    process.living = False
+    pause.unlink()
+    for _ in range(20):
+        await runner._look()
+    assert begun == ["ftjob-1"]  # and not the next in the queue
+    for _ in range(15):
+        await runner._look()
+    resumed = await jobs.get("ftjob-1")
+    assert begun == ["ftjob-1"] * 2 and (resumed.status, resumed.held) == (Status.RUNNING, False)
+    assert not pause.exists()
+
+
+async def test_a_trainers_secret_outlives_control(tmp_path: Path, objects: Objects) -> None:
+    """Its digest is lent again before relays are told anything, and taken back when the trainer ends."""
+    known: dict[str, str] = {}
+    service = Adapters()
+    keys = SimpleNamespace(
+        lend_again=lambda own, key_id, scopes: known.update({own: f"{key_id} {sorted(scopes)}"}),
+        take_back=lambda own: known.pop(own),
+    )
+    service.core = SimpleNamespace(keys=keys)  # type: ignore[attr-defined]
+    jobs = jobs_of(objects, tmp_path, service)
+    kept = msgspec.structs.replace(job(), method="reinforcement", key_id="key-a", pass_digest="d" * 64)
+    objects.put(kept)
+    runner = runner_of(jobs)
+    await runner.open()
+    assert known == {"d" * 64: "key-a ['adapters', 'infer']"}
+    await runner._ended(kept, EXIT_PAUSED)
+    assert not known and not (await jobs.get(kept.id)).pass_digest
+    assert service.deleted == [kept.id]  # the adapter that it sampled with
+
+
+async def test_a_held_job_is_its_owners(tmp_path: Path, objects: Objects) -> None:
+    jobs = jobs_of(objects, tmp_path, Adapters())
+    objects.put(job())
+    await jobs.hold("ftjob-1", "requests queue")
+    assert [one.id for one in await jobs.open_jobs()] == ["ftjob-1"]
+    assert not (await jobs.pause("ftjob-1")).held  # from now on it waits for its owner
+    assert not await jobs.open_jobs()
+    with pytest.raises(Conflict):
+        await jobs.let_go("ftjob-1", "calm")
 
 
 async def test_a_job_made_during_a_sweep_keeps_its_folder(

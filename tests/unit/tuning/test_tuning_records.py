@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from gateway.control.store import Store
-from gateway.errors import InvalidRequest, NotFound
+from gateway.errors import InvalidRequest, NotFound, QuotaExceeded
 from gateway.tuning import files as module
 from gateway.tuning import lines, progress, request
 from gateway.tuning.files import Files
@@ -63,11 +64,11 @@ def test_lines_for_one_model_go_together(tmp_path: Path) -> None:
 
 
 async def test_files_expire_and_strays_go(tmp_path: Path, objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = Files(objects, tmp_path / "files")
+    files = Files(objects, tmp_path / "files", 10**9)
     await files.open()
     staged = tmp_path / "staged"
     staged.write_bytes(b"{}")
-    file = await files.add(staged, "a.jsonl", "batch", 3600)
+    file = await files.add(staged, "a.jsonl", "batch", "", 3600)
     (tmp_path / "files" / "file-stray").touch()
     await files.open()
     assert [path.name for path in (tmp_path / "files").iterdir()] == [file.id]
@@ -78,7 +79,7 @@ async def test_files_expire_and_strays_go(tmp_path: Path, objects: Objects, monk
     await files.delete_expired()
     assert not list((tmp_path / "files").iterdir())
     with pytest.raises(InvalidRequest, match="expires_after"):
-        await files.add(tmp_path, "b", "batch", 10)
+        await files.add(tmp_path, "b", "batch", "", 10)
 
 
 @pytest.mark.parametrize(
@@ -100,17 +101,39 @@ def test_auto_is_resolved(fields: dict[str, Any], examples: int, values: dict[st
     assert request.trainer_config(asked, values, examples)["batch_size"] == values["batch_size"]
 
 
-@pytest.mark.parametrize("method", ["supervised", "dpo"])
+@pytest.mark.parametrize("method", ["supervised", "dpo", "reinforcement"])
 def test_the_trainer_takes_what_it_is_told(tmp_path: Path, method: str) -> None:
     """Its own schema refuses unknown keys and odd values."""
     settings = {"lora_rank": 4, "lora_alpha": 8, "lora_target": ["q_proj"], "learning_rate": 1e-3, "schedule": "linear"}
     for fields in ({}, {"validation_file": "v", "tunegate": settings}):
-        asked = request.parse({"model": "m", "training_file": "f", "method": {"type": method}} | fields)
+        own = {"reinforcement": {"grader": {}}} if method == "reinforcement" else {}
+        asked = request.parse({"model": "m", "training_file": "f", "method": {"type": method} | own} | fields)
         config = request.trainer_config(asked, request.hyperparameters(asked, 20), 20)
         paths = {"model": "demo", "dataset": ["a"], "output_dir": str(tmp_path), "seed": 1, "device": "auto"}
         paths |= {"eval_dataset": ["b"]} if asked.validation_file else {}
+        paths |= {"reward": ["/grader.json"], "publish_as": "x"} if own else {}
         taken = trainer_config.load(config["method"], None, config | paths)
         assert (taken.save_every, taken.epochs, taken.method) == (3, 3, config["method"])
+
+
+async def test_a_key_keeps_so_much(tmp_path: Path, objects: Objects) -> None:
+    files = Files(objects, tmp_path / "files", limit_bytes=10)
+    await files.open()
+    staged = tmp_path / "staged"
+    staged.write_bytes(b"x" * 6)
+    first = await files.upload(staged, "a", "batch", "key-a")
+    both = await asyncio.gather(
+        *(files.upload(staged, "b", "batch", "key-b") for _ in range(2)), return_exceptions=True
+    )
+    assert sorted(type(one).__name__ for one in both) == ["File", "QuotaExceeded"]
+    with pytest.raises(QuotaExceeded, match="the key key-a keeps"):
+        await files.upload(staged, "c", "batch", "key-a")
+    assert len(list((tmp_path / "files").iterdir())) == 2
+    await files.add(staged, "results", "batch_output", "key-a")  # what the gateway made is not refused
+    await files.delete(first.id)
+    with pytest.raises(QuotaExceeded):
+        await files.check_room("key-a", 5)
+    await files.check_room("key-a", 4)
 
 
 def test_names_hold_nothing_odd() -> None:
