@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tarfile
 import tempfile
 import time
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from gateway.adapters.names import parse_reference
 from gateway.cli import adapter_page
-from gateway.cli.client import GatewayClient, connection_options
+from gateway.cli.client import GatewayClient, connection_options, print_json
 from gateway.cli.merge import merge_command
 
 _ARCHIVES = (".zip", ".tar.gz", ".tgz")
@@ -40,7 +39,7 @@ def list_adapters(url: str, api_key: str | None, as_json: bool) -> None:
     """List adapters with their state."""
     answer = GatewayClient(url, api_key).call("GET", "/v1/adapters")
     if as_json:
-        click.echo(json.dumps(answer, indent=2))
+        print_json(answer)
         return
     table = Table("name", "version", "state", "rank", "MB", "id", "reason", box=None)
     for adapter in answer["data"]:
@@ -58,7 +57,7 @@ def show(name: str, as_json: bool, url: str, api_key: str | None) -> None:
     """Show one adapter: its state and reason on each replica, versions, canary and history."""
     answer = GatewayClient(url, api_key).call("GET", f"/v1/adapters/{name}")
     if as_json:
-        click.echo(json.dumps(answer, indent=2))
+        print_json(answer)
     else:
         adapter_page.show(answer)
 
@@ -111,29 +110,41 @@ def unload(reference: str, url: str, api_key: str | None) -> None:
     click.echo(f"{reference} may be unloaded")
 
 
+def _expecting(command: Any) -> Any:
+    """The option by which two operators cannot undo each other's moves unseen."""
+    return click.option(
+        "--expect", "expected_version", type=click.IntRange(1), help="Do nothing unless NAME points to this version."
+    )(command)
+
+
 @adapters.command()
 @connection_options
 @click.argument("reference", metavar="NAME[@vN]")
 @click.option("--version", type=int, help="The version, if not given as NAME@vN.")
-def promote(reference: str, version: int | None, url: str, api_key: str | None) -> None:
+@_expecting
+def promote(reference: str, version: int | None, expected_version: int | None, url: str, api_key: str | None) -> None:
     """Point NAME to a version, for all relays at once; without one to its canary, or the newest."""
     name, number = _version_of(reference, version)
-    answer = GatewayClient(url, api_key).call("POST", _path(name, "promote"), json={"version": number})
+    body = {"version": number, "expected_version": expected_version}
+    answer = GatewayClient(url, api_key).call("POST", _path(name, "promote"), json=body)
     _say_where(name, answer)
 
 
 @adapters.command()
 @connection_options
 @click.argument("name")
-def rollback(name: str, url: str, api_key: str | None) -> None:
+@_expecting
+def rollback(name: str, expected_version: int | None, url: str, api_key: str | None) -> None:
     """End NAME's canary; where none runs, point NAME to where it pointed before."""
-    _say_where(name, GatewayClient(url, api_key).call("POST", _path(name, "rollback"), json={}))
+    body = {"expected_version": expected_version}
+    _say_where(name, GatewayClient(url, api_key).call("POST", _path(name, "rollback"), json=body))
 
 
 @adapters.command()
 @connection_options
 @click.argument("reference", metavar="NAME@vN")
 @click.option("--version", type=int, help="The version, if not given as NAME@vN.")
+@_expecting
 @click.option("--weight", type=float, required=True, help="Percent of the requests, 0.1 to 99.")
 @click.option("--manual", is_flag=True, help="Decide nothing: it runs until `promote` or `rollback`.")
 @click.option("--min-requests", type=int, help="Requests of each version before it may be promoted.")

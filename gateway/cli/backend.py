@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any, get_args
 
 import click
 
 from backends.spec import BackendName
-from gateway.cli.client import GatewayClient, connection_options
+from gateway.cli.client import GatewayClient, connection_options, print_json
 
 _POLL_S = 0.5
 
@@ -23,7 +22,7 @@ def backend() -> None:
 @connection_options
 def show(url: str, api_key: str | None) -> None:
     """Show the engine that serves, and how the last switch went."""
-    click.echo(json.dumps(GatewayClient(url, api_key).call("GET", "/admin/backend"), indent=2))
+    print_json(GatewayClient(url, api_key).call("GET", "/admin/backend"))
 
 
 @backend.command()

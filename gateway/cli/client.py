@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import ssl
 from typing import Any
 
@@ -34,6 +35,11 @@ class GatewayClient:
         if response.is_error:
             raise click.ClickException(_message(response))
         return response.json()
+
+
+def print_json(answer: Any) -> None:
+    """The API's own answer, for scripts."""
+    click.echo(json.dumps(answer, indent=2))
 
 
 def _message(response: httpx2.Response) -> str:

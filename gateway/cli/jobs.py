@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -10,7 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from gateway.cli.client import GatewayClient, connection_options
+from gateway.cli.client import GatewayClient, connection_options, print_json
 
 _PATH = "/v1/fine_tuning/jobs"
 _OVER = ("succeeded", "failed", "cancelled")
@@ -30,7 +29,7 @@ def list_jobs(limit: int, as_json: bool, url: str, api_key: str | None) -> None:
     """List jobs, newest first."""
     answer = GatewayClient(url, api_key).call("GET", _PATH, params={"limit": limit})
     if as_json:
-        click.echo(json.dumps(answer, indent=2))
+        print_json(answer)
         return
     table = Table(box=None)
     for column in ("id", "status", "method", "created"):
@@ -39,6 +38,7 @@ def list_jobs(limit: int, as_json: bool, url: str, api_key: str | None) -> None:
     for job in answer["data"]:
         created = time.strftime("%Y-%m-%d %H:%M", time.gmtime(job["created_at"]))
         what = job["fine_tuned_model"] or (job["error"] or {}).get("message", "").partition("\n")[0][:80]
+        what = what or ("until requests no longer queue" if "paused_for" in job["tunegate"] else "")
         table.add_row(job["id"], job["status"], job["method"]["type"], created, what)
     Console().print(table)
 
@@ -48,7 +48,7 @@ def list_jobs(limit: int, as_json: bool, url: str, api_key: str | None) -> None:
 @click.argument("job_id")
 def show(job_id: str, url: str, api_key: str | None) -> None:
     """Show one job as the API has it."""
-    click.echo(json.dumps(GatewayClient(url, api_key).call("GET", f"{_PATH}/{job_id}"), indent=2))
+    print_json(GatewayClient(url, api_key).call("GET", f"{_PATH}/{job_id}"))
 
 
 @jobs.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from typing import Any, get_args
@@ -11,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from gateway.cli.client import GatewayClient, connection_options
+from gateway.cli.client import GatewayClient, connection_options, print_json
 from gateway.scopes import INFER, SCOPES, Period
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -74,7 +73,7 @@ def list_keys(url: str, api_key: str | None, as_json: bool) -> None:
     """List keys with what they used."""
     answer = GatewayClient(url, api_key).call("GET", "/admin/keys")
     if as_json:
-        click.echo(json.dumps(answer, indent=2))
+        print_json(answer)
         return
     table = Table(
         "id", "name", "state", "scopes", "expires", "req/min", "tok/min", "budget", "requests", "tokens", box=None
@@ -96,7 +95,7 @@ def list_keys(url: str, api_key: str | None, as_json: bool) -> None:
 @click.argument("key")
 def show(key: str, url: str, api_key: str | None) -> None:
     """Show one key, by id or name: what it opens, its limits, what it used."""
-    click.echo(json.dumps(GatewayClient(url, api_key).call("GET", f"/admin/keys/{key}"), indent=2))
+    print_json(GatewayClient(url, api_key).call("GET", f"/admin/keys/{key}"))
 
 
 @keys.command()
@@ -106,7 +105,7 @@ def show(key: str, url: str, api_key: str | None) -> None:
 def change(key: str, url: str, api_key: str | None, **terms: Any) -> None:
     """Give a key other terms, from the next request on; what is not named stays."""
     changed = GatewayClient(url, api_key).call("PATCH", f"/admin/keys/{key}", json=_given(terms))
-    click.echo(json.dumps(changed, indent=2))
+    print_json(changed)
 
 
 @keys.command()

@@ -101,8 +101,9 @@ class Adapter:
 
     @property
     def routing(self) -> tuple[object, ...]:
-        """Where the name points, and the trial that runs."""
-        return self.current, self.canary.trial if self.canary is not None else None
+        """Where the name points and is to point, and the trial that runs."""
+        coming = self.coming.version if self.coming is not None else None
+        return self.current, coming, self.canary.trial if self.canary is not None else None
 
     @property
     def newest(self) -> Version:

@@ -17,9 +17,11 @@ _FORGOTTEN = 1e-3  # requests a second, below which nothing is remembered of an 
 class Use:
     """An adapter on a replica."""
 
-    ever: int  # requests, as the cells count
+    cell: int  # the first of its row
+    ever: int  # requests, as the row counts
     used_s: float
     in_flight: int = 0
+    asked: bool = False  # it had a request since it was given its row
 
 
 class Demand:
@@ -49,9 +51,11 @@ class Demand:
             if content_id is None:
                 continue
             in_flight, ever = cells[cell - ADAPTER_ROW : cell - ADAPTER_ROW + 2]
-            use = self._uses.get(place) or Use(ever, now_s)
+            use = self._uses.get(place)
+            if use is None or use.cell != cell:  # another row: it was there before
+                use = Use(cell, self._rows.ever(place), now_s)
             new = max(0, ever - use.ever)  # a relay whose file is new counts from zero
-            use.ever, use.in_flight = ever, max(0, in_flight)
+            use.ever, use.in_flight, use.asked = ever, max(0, in_flight), use.asked or new > 0
             if new or use.in_flight:
                 use.used_s = now_s
             uses[place] = use
@@ -64,7 +68,7 @@ class Demand:
 
     def use(self, replica: str, content_id: str, now_s: float) -> Use:
         """How an adapter is used on a replica, as of the last look."""
-        return self._uses.get((replica, content_id)) or Use(0, now_s)
+        return self._uses.get((replica, content_id)) or Use(0, 0, now_s)
 
     def rate(self, content_id: str) -> float:
         """Its requests a second over all replicas, of late."""
@@ -82,10 +86,6 @@ class Demand:
         """As if nobody had asked for it."""
         self._rates.pop(content_id, None)
         self._busy.pop(content_id, None)
-
-    def forget(self, replica: str, content_id: str) -> None:
-        """It is not on that replica any more."""
-        self._uses.pop((replica, content_id), None)
 
 
 def _decayed(before: dict[str, float], kept: float, now: dict[str, float] | dict[str, int]) -> dict[str, float]:

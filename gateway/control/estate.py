@@ -35,6 +35,7 @@ class Estate:
         self.lock = asyncio.Lock()
         self._make = make
         self._leaving: set[str] = set()  # ids of replicas that drain to be stopped
+        self._retiring: set[asyncio.Task[None]] = set()  # that nobody waits for
         self._notebook = notebook
 
     @property
@@ -69,6 +70,17 @@ class Estate:
             await asyncio.gather(*(self._stop(replica, limit_s) for replica in replicas))
         finally:
             self._leaving -= ids
+
+    def begin_to_retire(self, replicas: Collection[Replica], purpose: str, limit_s: float) -> None:
+        """As `retire`, without waiting for it."""
+        task = asyncio.create_task(self.retire(replicas, purpose, limit_s))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def vacated(self) -> None:
+        """Until replicas that began to retire are gone: what starts next may need the memory that they hold."""
+        if self._retiring:
+            await asyncio.wait(self._retiring)
 
     async def ready(self, replicas: Collection[Replica], wanted: Collection[str], limit_s: float) -> None:
         """Until all of them answer and have the wanted adapters. Raises CannotStart with the reason."""

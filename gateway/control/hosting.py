@@ -180,25 +180,28 @@ def end_others(run_dir: Path, replica_ids: Collection[str]) -> None:
             engine.stop(_OTHERS_GRACE_S)
 
 
-def gpus_of(index: int, spec: EngineSpec, visible: str | None, installed: int) -> dict[str, str]:
-    """The environment that gives the replica of this index its own GPUs, after those of the replicas before it.
+def gpus_of(index: int, replicas: int, spec: EngineSpec, visible: str | None, installed: int) -> dict[str, str]:
+    """The environment that gives the replica of this index its GPUs, after those of the replicas before it.
 
-    visible: CUDA_VISIBLE_DEVICES as it is for the gateway; its order is kept. None: all `installed` ones (0:
-    nobody knows). Raises ConfigError when too few are left: an engine would only say that there is no CUDA device.
+    replicas: how many are to serve. Indices beyond what there is begin at the first GPU again: what takes over from
+    others runs beside them for a while. visible: CUDA_VISIBLE_DEVICES as it is for the gateway; its order is kept.
+    None: all `installed` ones (0: nobody knows). Raises ConfigError when there are too few for all: an engine would
+    only say that there is no CUDA device.
     """
     count = spec.tensor_parallel * spec.pipeline_parallel
-    numbers = range(index * count, (index + 1) * count)
     if visible is None:
-        names = [str(number) for number in range(installed or numbers.stop)]
+        names = [str(number) for number in range(installed or (index + 1) * count)]
     else:
         names = [name.strip() for name in visible.split(",") if name.strip()]
-    if numbers.stop > len(names):
+    shares = len(names) // count
+    if shares < (replicas if installed or visible is not None else 1):
         where = "this machine" if visible is None else f"CUDA_VISIBLE_DEVICES={visible}"
         raise ConfigError(
-            f"replica {index} needs {count} GPUs, {where} leaves it {max(0, len(names) - numbers.start)}; "
-            "lower --replicas, --tp or --pp"
+            f"--replicas {replicas} needs {replicas * count} GPUs, {where} has {len(names)}; lower --replicas, --tp "
+            "or --pp"
         )
-    return {"CUDA_VISIBLE_DEVICES": ",".join(names[number] for number in numbers)}
+    first = index % shares * count
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[first : first + count])}
 
 
 def _endpoint(url: str, api_key: str) -> Endpoint:

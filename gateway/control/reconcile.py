@@ -36,7 +36,6 @@ _LISTED_TRIES = 3  # engines list what they loaded a moment later, if at all
 _LISTED_EVERY_S = 0.2
 _UNREACHABLE_RETRY_S = 1.0
 _STORE_RETRY_S = 5.0
-_BUSY = (429, 503)
 _ROLL = "adapter change"
 
 
@@ -250,19 +249,7 @@ class Reconciler:
         path, body = "/v1/completions", {"model": model, "prompt": "a", "max_tokens": 1, "temperature": 0}
         if self._around.task == "embed":
             path, body = "/v1/embeddings", {"model": model, "input": "a"}
-        try:
-            response = await upstream.post(_client(replica), path, body, self._timings.verify_s)
-        except EngineUnreachable as error:
-            if isinstance(error.__cause__, httpx2.TimeoutException):
-                raise EngineBusy(f"the engine had no time for a first request with it: {error}") from error
-            raise
-        if response.status_code in _BUSY:
-            raise EngineBusy(f"the engine had no time for a first request with it: {upstream.error_text(response)}")
-        if response.status_code != 200:
-            raise AdapterRejected(
-                f"{backend.name} loaded it, and answered the first request with it by {response.status_code}: "
-                f"{upstream.error_text(response)}"
-            )
+        await upstream.try_adapter(_client(replica), path, body, self._timings.verify_s, "the first request with it")
         if self._around.task == "embed":
             return ""
         if content_id not in replica.passed:

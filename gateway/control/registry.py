@@ -156,11 +156,11 @@ class Registry:
         _log.warning("adapter contents %s failed: %s", content_id, reason)
         await self._judge(content_id, VersionState.FAILED, reason)
 
-    async def aim(self, version: Version, cause: Cause) -> None:
-        """Have the name point to this version as soon as replicas have it."""
+    async def aim(self, version: Version, cause: Cause, seen: Adapter | None = None) -> None:
+        """Have the name point to this version as soon as replicas have it. seen: see `promote`."""
         adapter = self.adapters[version.name]
         if adapter.current != version.version or adapter.coming is not None:
-            await self._write(version.name, functools.partial(self._store.set_coming, version, cause))
+            await self._write(version.name, functools.partial(self._store.set_coming, version, cause, seen))
 
     async def promote(
         self,

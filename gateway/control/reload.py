@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Any
 
@@ -26,7 +25,6 @@ class Reload:
 
     def __init__(self, estate: Estate) -> None:
         self._estate = estate
-        self._retiring: set[asyncio.Task[None]] = set()
 
     async def run(self) -> dict[str, Any]:
         """Read, judge and apply; what changed. Raises InvalidRequest with every fault, and then nothing has changed."""
@@ -85,10 +83,7 @@ class Reload:
         core.configure(limits_of(config))
         core.keys.configure(config.api_key)
         if more < 0:
-            leaving = self._estate.staying[more:]
-            task = asyncio.create_task(self._estate.retire(leaving, _PURPOSE, config.drain_timeout_s))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
+            self._estate.begin_to_retire(self._estate.staying[more:], _PURPOSE, config.drain_timeout_s)
         await core.published()
 
     def _staying(self, config: ServeConfig) -> list[Any]:

@@ -21,7 +21,8 @@ BOUND = 1.25  # of a replica's load over the mean
 class Rules:
     """Hysteresis, in seconds."""
 
-    stay_s: float = 0.3  # nothing gives way earlier
+    stay_s: float = 0.1  # nothing gives way earlier
+    unasked_s: float = 0.3  # nor what had no request yet: those that waited for it are on their way
     patience_s: float = 0.5  # a wait that outweighs what a resident is worth
     turn_s: float = 5.0  # one in use may be drained for one that waits after that
 
@@ -34,6 +35,7 @@ class Held:
     used_s: float  # its last request there
     in_flight: int
     worth: float = 0.0  # requests a second there times the seconds that a load takes
+    asked: bool = True  # it had a request since it became ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +129,12 @@ def _settled(held: Mapping[str, Held], kept: set[str], now_s: float, rules: Rule
     return {
         name: one
         for name, one in held.items()
-        if name not in kept and one.since_s is not None and now_s - one.since_s >= rules.stay_s
+        if name not in kept and one.since_s is not None and now_s - one.since_s >= _stay_s(one, rules)
     }
+
+
+def _stay_s(one: Held, rules: Rules) -> float:
+    return rules.stay_s if one.asked else max(rules.stay_s, rules.unasked_s)
 
 
 def _idle(held: Mapping[str, Held]) -> list[str]:

@@ -24,7 +24,7 @@ from gateway.observe.cells import InFlight
 from gateway.snapshot import NotLoaded, Wanted
 
 _IDLE_EVERY_S = 1.0  # between looks at the cells
-_BUSY_EVERY_S = 0.1  # the same while requests wait
+_BUSY_EVERY_S = 0.05  # the same while requests wait
 _ASK_LIFE_S = 3.0  # relays ask again every second while requests wait
 _AVOID_S = 30.0  # a replica that refused an adapter is not tried with it again for so long
 _FIRST_LOAD_S = 0.5  # what a load is taken to cost before one was measured
@@ -154,7 +154,6 @@ class Residents:
     def unloaded(self, replica: Replica, content_id: str) -> None:
         """It is not there any more."""
         self.counts[replica.id].evictions += 1
-        self.demand.forget(replica.id, content_id)
 
     def refused(self, replica: Replica, content_id: str, reason: str) -> None:
         """The replica did not take it."""
@@ -183,8 +182,8 @@ class Residents:
                 self._plan.clear()
                 self._lives.clear()
                 self._waiting.clear()
-                self._take_back_rows()
                 self.demand.look(time.monotonic())
+                self._take_back_rows()
                 continue
             before = {id: frozenset(names) for id, names in self._plan.items()}
             self._decide(time.monotonic())
@@ -192,8 +191,8 @@ class Residents:
                 self._ties.changed()
 
     def _decide(self, now_s: float) -> None:
+        self.demand.look(now_s)  # first: what is forgotten has been counted
         self._forget(now_s)
-        self.demand.look(now_s)
         seats = {replica.id: self._seat(replica, now_s) for replica in self._replicas if _serves(replica)}
         seats = {id: seat for id, seat in seats.items() if id in self._lives}
         room = self._registry.capacity - SPARE
@@ -226,7 +225,7 @@ class Residents:
             if replica.adapter_ready(content_id):
                 use = self.demand.use(*key, now_s)
                 since_s = self._since.setdefault(key, now_s)
-                held[content_id] = Held(since_s, use.used_s, use.in_flight, self._worth(content_id))
+                held[content_id] = Held(since_s, use.used_s, use.in_flight, self._worth(content_id), use.asked)
             else:
                 self._since.pop(key, None)
                 held[content_id] = Held(None, now_s, 0, self._worth(content_id))

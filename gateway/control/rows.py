@@ -13,11 +13,12 @@ Place = tuple[str, str | None]  # replica id and content id; None: the base
 class Rows:
     """Gives rows, and takes them back. Control's own: after a restart it gives them anew."""
 
-    def __init__(self, in_flight: Callable[[int], int], limit: int = MAX_ADAPTER_ROWS) -> None:
-        """in_flight: first cell of a row -> requests in flight there, of an earlier control's too."""
-        self._in_flight = in_flight
+    def __init__(self, read: Callable[[int], int], limit: int = MAX_ADAPTER_ROWS) -> None:
+        """read: what a cell comes to over all relays: a row's first is requests in flight there, its second ever."""
+        self._read = read
         self._limit = limit
         self._rows: dict[Place, int] = {}
+        self._ever: dict[Place, int] = {}  # what its row had counted when it was given, of others
         self._free: list[int] = []  # given back, to be given again
         self._next = _SHARED + 1
 
@@ -26,32 +27,41 @@ class Rows:
         row = self._rows.get((replica, content_id))
         if row is None:
             row = self._rows[replica, content_id] = self._give()
-        return ADAPTER_ROW + ADAPTER_ROW_CELLS * row
+            self._ever[replica, content_id] = self._read(_cell(row) + 1)
+        return _cell(row)
+
+    def ever(self, place: Place) -> int:
+        """What the second cell of its row said when the row was given: requests of others, not its own."""
+        return self._ever[place]
 
     def release(self, replica: str, kept: Sequence[str]) -> None:
         """Take back the rows of what is on the replica no more. Those with requests in flight keep theirs."""
         for place in [p for p in self._rows if p[0] == replica and p[1] is not None and p[1] not in kept]:
             row = self._rows[place]
-            if row == _SHARED or not self._in_flight(ADAPTER_ROW + ADAPTER_ROW_CELLS * row):
-                del self._rows[place]
+            if row == _SHARED or not self._read(_cell(row)):
+                del self._rows[place], self._ever[place]
                 if row != _SHARED:
                     self._free.append(row)
 
     @property
     def end(self) -> int:
         """The cell after the last row that was ever given."""
-        return ADAPTER_ROW + ADAPTER_ROW_CELLS * self._next
+        return _cell(self._next)
 
     @property
     def places(self) -> dict[Place, int]:
         """Every row that is given: its first cell. A copy."""
-        return {place: ADAPTER_ROW + ADAPTER_ROW_CELLS * row for place, row in self._rows.items()}
+        return {place: _cell(row) for place, row in self._rows.items()}
 
     def _give(self) -> int:
         if self._free:
             return self._free.pop(0)
         while self._next < self._limit:
             self._next += 1
-            if not self._in_flight(ADAPTER_ROW + ADAPTER_ROW_CELLS * (self._next - 1)):
+            if not self._read(_cell(self._next - 1)):
                 return self._next - 1
         return _SHARED
+
+
+def _cell(row: int) -> int:
+    return ADAPTER_ROW + ADAPTER_ROW_CELLS * row

@@ -196,12 +196,16 @@ class Store:
             adapter = session.get(_AdapterRow, version.name)
             return None if adapter is None else _adapter(adapter)
 
-    def set_coming(self, version: Version, cause: Cause) -> Adapter | None:
-        """The pointer is to move to this version when replicas have it. Returns None when the adapter is gone."""
+    def set_coming(self, version: Version, cause: Cause, seen: Adapter | None = None) -> Adapter | None:
+        """The pointer is to move to this version when replicas have it. Returns None when the adapter is gone.
+
+        seen: as in `set_current`.
+        """
         with self._session() as session:
             row = session.get(_AdapterRow, version.name)
             if row is None or session.get(_VersionRow, (version.name, version.version)) is None:
                 return None if row is None else _adapter(row)
+            _check_unmoved(row, seen)
             row.coming = msgspec.to_builtins(Coming(version.version, cause))
             return _adapter(row)
 
@@ -387,7 +391,10 @@ def _can_try(row: _AdapterRow, number: int) -> bool:
 
 def _check_unmoved(row: _AdapterRow, seen: Adapter | None) -> None:
     if seen is not None and _adapter(row).routing != seen.routing:
-        raise Conflict(f"{row.name!r} was promoted, rolled back or given another canary meanwhile; look at it again")
+        raise Conflict(
+            f"{row.name!r} was promoted, rolled back or given another canary meanwhile; look at it again",
+            code="version_moved",
+        )
 
 
 def _adapter(row: _AdapterRow) -> Adapter:

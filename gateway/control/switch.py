@@ -100,6 +100,7 @@ class Switch:
         before, wanted = estate.running.config, loaded(old, estate.core.registry.desired)
         progress.phase = "draining"
         await estate.retire(old, _PURPOSE, config.drain_timeout_s)
+        await estate.vacated()
         progress.phase = "starting"
         try:
             self._shift(config, await self._start(config, len(old), wanted))

@@ -33,20 +33,29 @@ class Versions:
             raise InvalidRequest(f"{name!r} is an alias; name the adapter it belongs to, {own!r}", param="name")
         raise NotFound(f"no adapter {name!r}; GET /v1/adapters lists them", param="name")
 
-    async def promote(self, name: str, number: int | None, who: str, wait_s: float) -> None:
+    async def promote(
+        self, name: str, number: int | None, who: str, wait_s: float, expected: int | None = None
+    ) -> None:
         """Point a name to one of its versions, and end its canary.
 
         number: None stands for the canary, or the newest where none runs. At once where every replica has it; else
-        when they have, which is awaited for `wait_s` at most. Raises NotFound, Conflict.
+        when they have, which is awaited for `wait_s` at most. expected: see `_check_expected`. Raises NotFound,
+        Conflict.
         """
         adapter = self.adapter(name)
         if number is None:
             number = adapter.canary.version if adapter.canary is not None else adapter.newest.version
-        await self._move(adapter, _version(adapter, number), Cause(who, "promoted"), wait_s)
+        _check_expected(adapter, expected, number)
+        seen = adapter if expected is not None else None
+        await self._move(adapter, _version(adapter, number), Cause(who, "promoted"), wait_s, seen)
 
-    async def roll_back(self, name: str, who: str, wait_s: float) -> None:
-        """End a name's canary; where none runs, point it to where it pointed before. Raises NotFound, Conflict."""
+    async def roll_back(self, name: str, who: str, wait_s: float, expected: int | None = None) -> None:
+        """End a name's canary; where none runs, point it to where it pointed before. Raises NotFound, Conflict.
+
+        expected: see `_check_expected`; without it, two rollbacks one after the other end where they began.
+        """
         adapter = self.adapter(name)
+        _check_expected(adapter, expected, None)
         if adapter.canary is not None:
             await self._end_canary(adapter, adapter.canary, Cause(who, "rolled back"))
             return
@@ -56,11 +65,17 @@ class Versions:
                 f"{name!r} pointed nowhere else before, or to a version that was deleted; promote one of {kept}",
                 code="nothing_to_roll_back",
             )
-        await self._move(adapter, _version(adapter, adapter.previous), Cause(who, "rolled back"), wait_s)
+        await self._move(adapter, _version(adapter, adapter.previous), Cause(who, "rolled back"), wait_s, adapter)
 
-    async def start_canary(self, name: str, number: int, weight: float, policy: Policy, who: str) -> None:
-        """Give a version `weight` percent of a name's requests, counted from now on. Raises NotFound, Conflict."""
+    async def start_canary(
+        self, name: str, number: int, weight: float, policy: Policy, who: str, expected: int | None = None
+    ) -> None:
+        """Give a version `weight` percent of a name's requests, counted from now on. Raises NotFound, Conflict.
+
+        expected: see `_check_expected`.
+        """
         adapter = self.adapter(name)
+        _check_expected(adapter, expected, number)
         version = _version(adapter, number)
         if not LOWEST_WEIGHT <= weight <= HIGHEST_WEIGHT:
             raise InvalidRequest(
@@ -128,14 +143,17 @@ class Versions:
                 f"{name!r} is an alias of {own!r}; delete the alias first, or upload to {own!r}", code="name_taken"
             )
 
-    async def _move(self, adapter: Adapter, version: Version, cause: Cause, wait_s: float) -> None:
+    async def _move(
+        self, adapter: Adapter, version: Version, cause: Cause, wait_s: float, seen: Adapter | None
+    ) -> None:
+        """seen: raises Conflict where somebody else moved it while this was under way."""
         own = pinned(version.name, version.version)
         if version.state is VersionState.FAILED:
             raise Conflict(f"{own} failed: {version.reason}")
         if self._core.can_take_over(version):
-            await self._registry.promote(version, cause)
+            await self._registry.promote(version, cause, seen=seen)
         else:
-            await self._registry.aim(version, cause)
+            await self._registry.aim(version, cause, seen)
             await self._core.wait_for(lambda: self._arrived(version), wait_s)
         await self._core.published()
 
@@ -149,6 +167,31 @@ class Versions:
         ended = Event("canary ended", canary.version, adapter.current, cause, 0, verdict.figures)
         await self._registry.set_canary(adapter, None, ended)
         await self._core.published()
+
+
+def _check_expected(adapter: Adapter, expected: int | None, number: int | None) -> None:
+    """Refuse a change that rests on what is no longer so: another operator was there first. Raises Conflict.
+
+    expected: the version that the name points to, as far as the caller knows; None: whatever it is. number: the one
+    that is to be promoted or tried; None: to be rolled back. A move or a trial of another one under way refuses it too.
+    """
+    if expected is None:
+        return
+    name, found = adapter.name, None
+    if adapter.current != expected:
+        now = pinned(name, adapter.current) if adapter.current is not None else "no version yet"
+        found = f"{name!r} points to {now}"
+    elif number is not None and adapter.coming is not None and adapter.coming.version != number:
+        found = f"{name!r} is on its way to {pinned(name, adapter.coming.version)}"
+    elif number is not None and adapter.canary is not None and adapter.canary.version != number:
+        found = f"{pinned(name, adapter.canary.version)} is tried as a canary"
+    if found is not None:
+        raise Conflict(
+            f"{found}, which is not what you expect (expected_version {expected}); nothing was changed. Look at "
+            f"GET /v1/adapters/{name} and decide again",
+            param="expected_version",
+            code="version_moved",
+        )
 
 
 def _version(adapter: Adapter, number: int) -> Version:

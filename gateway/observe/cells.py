@@ -21,6 +21,7 @@ from gateway.observe.series import METRICS, Metric
 
 MAGIC = 0x7475_6E65_6361_0002  # of this layout; a file of another is started anew
 WAITING = 1  # requests that wait at this relay for room at a replica
+PRESSING = 2  # those of them that are no batch's
 IN_FLIGHT_ROW = 16  # first in-flight cell
 MAX_REPLICAS = 1024
 ADAPTER_ROW = IN_FLIGHT_ROW + MAX_REPLICAS  # first cell of the first adapter row: requests in flight, requests ever
@@ -145,7 +146,7 @@ class Cells:
                     self.values[cell] = 0
         os.ftruncate(self._list_fd, whole)
         self._reserve(self._free)
-        self.values[WAITING] = 0
+        self.values[WAITING] = self.values[PRESSING] = 0
         zeroes = bytes((FIRST_FREE - IN_FLIGHT_ROW) * _CELL_BYTES)
         self.values[IN_FLIGHT_ROW:FIRST_FREE] = memoryview(zeroes).cast("q")
 
@@ -233,6 +234,10 @@ class InFlight:
     def replica(self, index: int) -> int:
         """Requests at a replica. Raises OSError."""
         return self._sum(IN_FLIGHT_ROW + index, 1)[0]
+
+    def pressing(self) -> int:
+        """Requests that wait for room at a replica, without those of batches. Raises OSError."""
+        return self._sum(PRESSING, 1)[0]
 
     def adapter(self, cell: int) -> int:
         """Requests in flight of the adapter row that begins at this cell. Raises OSError."""

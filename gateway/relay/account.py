@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 from gateway.observe import series
-from gateway.observe.cells import IN_FLIGHT_ROW, WAITING, Cells, CellsFull, Peers
+from gateway.observe.cells import IN_FLIGHT_ROW, PRESSING, WAITING, Cells, CellsFull, Peers
 from gateway.observe.log import Access
 from gateway.observe.series import Metric
 from gateway.relay.http import Request
@@ -63,6 +63,8 @@ class Meter:
         self._models: dict[str, ModelCells] = {}
         self._plain: dict[tuple[str, int], int] = {}
         self._other = ModelCells(cells, _OTHER_MODELS)
+        # Made now: when it is needed there is no room for another.
+        self._uncounted = cells.series(series.REQUESTS, "(other)", _OTHER_MODELS, "0")
         self._taken_over_s = 0.0
         self._continue()
         self._keepalives = cells.series(series.KEEPALIVES, str(relay))
@@ -116,9 +118,10 @@ class Meter:
         """Whether there are other relays."""
         return self._peers.any
 
-    def queued(self, count: int) -> None:
-        """So many requests wait for room at this relay; the others see it."""
+    def queued(self, count: int, pressing: int) -> None:
+        """So many requests wait for room at this relay, so many of them no batch's; the others and control see it."""
         self._values[WAITING] = count
+        self._values[PRESSING] = pressing
 
     def rivals(self) -> int:
         """Other relays at which requests wait."""
@@ -266,7 +269,7 @@ class Meter:
         try:
             return self._cells.series(series.REQUESTS, route, label, str(status))
         except CellsFull:
-            return self._cells.series(series.REQUESTS, "(other)", _OTHER_MODELS, "0")
+            return self._uncounted
 
 
 def _observe(values: memoryview, first: int, bounds: tuple[int, ...], value: int) -> None:

@@ -183,7 +183,7 @@ class Admission:
 
     def _say_waiting(self) -> None:
         self.waiting = self._queue.waiting
-        self._meter.queued(self.waiting)
+        self._meter.queued(self.waiting, self._queue.above(BATCH_PRIORITY))
 
     def _check(self, ticket: Ticket) -> None:
         """Whether it could be served in time, and there is a place for it."""

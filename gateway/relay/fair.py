@@ -199,9 +199,12 @@ class FairQueue:
 
     def ahead(self, key: str | None, priority: int) -> float:
         """Tickets that would be served before a new one, about."""
-        higher = sum(lane.waiting for other, lane in self._lanes.items() if other > priority)
         lane = self._lanes.get(priority)
-        return higher + (lane.ahead(key) if lane is not None else 0.0)
+        return self.above(priority) + (lane.ahead(key) if lane is not None else 0.0)
+
+    def above(self, priority: int) -> int:
+        """Tickets of a higher priority."""
+        return sum(lane.waiting for other, lane in self._lanes.items() if other > priority)
 
     def yielding(self, key: str | None, priority: int) -> Ticket | None:
         """Who gives up its place to a newcomer where there is no room: of a lower priority, else of a key with more.

@@ -26,6 +26,7 @@ _TRACE = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullm
 
 _CHARGED = frozenset({"ok", "client_gone", "client_stalled", "deadline"})  # outcomes that are no failure of ours
 _LOADED = b"x-tunegate-adapter: loaded\r\n"  # tells a client why its answer took longer
+LOADING = b"x-tunegate-adapter: loading\r\n"  # the same in a head that is sent before the load is over
 
 
 class Placing:

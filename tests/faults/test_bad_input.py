@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import disks
 from tests.support.engines import adapter, chat, checkpoint, upload
 from tests.support.gateway import Gateway, gateway
 
@@ -102,27 +103,22 @@ def test_engine_that_cannot_start(base: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_full_disk(base: Path, tmp_path: Path) -> None:
     """An upload that fills the disk is refused whole; the next, smaller one works."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a small file system")
-    try:
-        with gateway("--engine-version", "emulator", "--model", str(base), state=disk / "state") as serving:
-            filler = disk / "filler"
-            filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - 400_000))
-            big = adapter(tmp_path / "big", rank=64) / "README.md"
-            big.write_bytes(b"\0" * 2_000_000)
-            with serving.client() as client:
-                files = [("file", (file.name, file.read_bytes())) for file in sorted(big.parent.iterdir())]
-                answer = client.post("/v1/adapters", data={"name": "big"}, files=files)
-                assert answer.status_code == 507, answer.text
-                assert "disk" in answer.json()["error"]["message"]
-                assert client.get("/v1/adapters").json()["data"] == []
-            assert list((serving.state / "staging").iterdir()) == []
-            assert list((serving.state / "adapters").iterdir()) == []
-            filler.unlink()
-            upload(serving, "small", adapter(tmp_path / "small"))
-            assert chat(serving, "small").status_code == 200
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+    with (
+        disks.small_disk(tmp_path / "disk", "48m") as disk,
+        gateway("--engine-version", "emulator", "--model", str(base), state=disk / "state") as serving,
+    ):
+        filler = disk / "filler"
+        filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - 400_000))
+        big = adapter(tmp_path / "big", rank=64) / "README.md"
+        big.write_bytes(b"\0" * 2_000_000)
+        with serving.client() as client:
+            files = [("file", (file.name, file.read_bytes())) for file in sorted(big.parent.iterdir())]
+            answer = client.post("/v1/adapters", data={"name": "big"}, files=files)
+            assert answer.status_code == 507, answer.text
+            assert "disk" in answer.json()["error"]["message"]
+            assert client.get("/v1/adapters").json()["data"] == []
+        assert list((serving.state / "staging").iterdir()) == []
+        assert list((serving.state / "adapters").iterdir()) == []
+        filler.unlink()
+        upload(serving, "small", adapter(tmp_path / "small"))
+        assert chat(serving, "small").status_code == 200

@@ -58,7 +58,7 @@ class Client:
                 return True
 
 
-@pytest.mark.parametrize("settle_s", [0, 1])
+@pytest.mark.parametrize("settle_s", [0, 2])
 def test_nobody_who_was_let_in_is_turned_out(tmp_path: Path, settle_s: int) -> None:
     flags = (
         "--backend",
@@ -83,7 +83,7 @@ def test_nobody_who_was_let_in_is_turned_out(tmp_path: Path, settle_s: int) -> N
         assert not any(any(client.told_to_close) for client in clients)
 
         since_s = time.monotonic()
-        assert running.stop(settle_s + _DRAIN_S) == 0
+        assert running.stop() == 0
         assert time.monotonic() - since_s >= settle_s
         for thread in threads:
             thread.join(30)

@@ -39,20 +39,39 @@ def text_of(answer: httpx2.Response) -> str:
     return str(answer.json()["choices"][0]["message"]["content"])
 
 
+class Streams:
+    """Streams of 40 tokens, which last until they are told to hurry, however slow the machine is."""
+
+    def __init__(self, running: Gateway, count: int, **fields: Any) -> None:
+        """Started one after the other, so that each goes to the replica that has fewest."""
+        self._running = running
+        self._pace(500)
+        self._ends: list[str] = []
+        self._threads = [
+            threading.Thread(target=lambda: self._ends.append(end_of_stream(running, **fields))) for _ in range(count)
+        ]
+        for number, thread in enumerate(self._threads, 1):
+            thread.start()
+            eventually(lambda wanted=number: sum(in_flight(running).values()) == wanted)  # type: ignore[misc]
+
+    def ends(self, *replicas: str) -> list[str]:
+        """How they ended, once these replicas, which still run, have hurried."""
+        self._pace(5, *replicas)
+        for thread in self._threads:
+            thread.join(60)
+        return sorted(self._ends)
+
+    def _pace(self, inter_token_ms: int, *replicas: str) -> None:
+        for replica in replicas or ("r0", "r1"):
+            script(self._running, replica, inter_token_ms=inter_token_ms)
+
+
 def test_killed_engine(running: Gateway, base_answer: str) -> None:
-    for replica in ("r0", "r1"):
-        script(running, replica, inter_token_ms=50)
-    ends: list[str] = []
-    unfit = {"n": 2}  # such a stream cannot go on elsewhere
-    streams = [threading.Thread(target=lambda: ends.append(end_of_stream(running, **unfit))) for _ in range(4)]
-    for stream in streams:
-        stream.start()
-    eventually(lambda: in_flight(running) == {"r0": 2, "r1": 2})
+    streams = Streams(running, 4, n=2)  # such a stream cannot go on elsewhere
+    assert in_flight(running) == {"r0": 2, "r1": 2}
     killed = state_of(running, "r0")["engine_pid"]
     os.kill(killed, signal.SIGKILL)
-    for stream in streams:
-        stream.join(30)
-    assert sorted(ends) == ["[DONE]", "[DONE]", "error", "error"]
+    assert streams.ends("r1") == ["[DONE]", "[DONE]", "error", "error"]
     assert text_of(chat(running)) == base_answer  # the other replica
     eventually(lambda: state_of(running, "r0")["engine_pid"] != killed, 30)
     eventually(lambda: all(replica["state"] == "ready" for replica in running.replicas()), 60)
@@ -63,18 +82,11 @@ def test_killed_engine(running: Gateway, base_answer: str) -> None:
 
 def test_streams_outlive_their_engine(running: Gateway) -> None:
     """Half of them are on the replica that is killed; all come to their end."""
-    for replica in ("r0", "r1"):
-        script(running, replica, inter_token_ms=50)
-    ends: list[str] = []
-    streams = [threading.Thread(target=lambda: ends.append(end_of_stream(running))) for _ in range(4)]
-    for stream in streams:
-        stream.start()
-    eventually(lambda: in_flight(running) == {"r0": 2, "r1": 2})
+    streams = Streams(running, 4)
+    assert in_flight(running) == {"r0": 2, "r1": 2}
     os.kill(state_of(running, "r0")["engine_pid"], signal.SIGKILL)
-    for stream in streams:
-        stream.join(30)
-    assert ends == ["[DONE]"] * 4
-    assert in_flight(running) == {"r0": 0, "r1": 0}
+    assert streams.ends("r1") == ["[DONE]"] * 4
+    eventually(lambda: in_flight(running) == {"r0": 0, "r1": 0})
 
 
 def test_killed_relay(running: Gateway, base_answer: str) -> None:
@@ -117,15 +129,10 @@ def test_killed_main_leaves_nothing(running: Gateway) -> None:
 
 
 def test_stop_lets_streams_finish(running: Gateway) -> None:
-    for replica in ("r0", "r1"):
-        script(running, replica, inter_token_ms=50)
-    ends: list[str] = []
-    stream = threading.Thread(target=lambda: ends.append(end_of_stream(running)))
-    stream.start()
-    eventually(lambda: sum(in_flight(running).values()) == 1)
-    assert running.stop() == 0
-    stream.join(30)
-    assert ends == ["[DONE]"]
+    stream = Streams(running, 1)
+    running.process.send_signal(signal.SIGTERM)
+    assert stream.ends() == ["[DONE]"]
+    assert running.process.wait(60) == 0
 
 
 def end_of_stream(running: Gateway, **fields: Any) -> str:

@@ -70,7 +70,7 @@ async def ask(client: httpx2.AsyncClient, name: str, max_tokens: int) -> tuple[i
                     text += event["choices"][0].get("text") or ""
         if "[DONE]" not in line and not first_ms:
             return 502, "cut off", 0.0, False
-        return 200, text, first_ms, answer.headers.get("x-tunegate-adapter") == "loaded"
+        return 200, text, first_ms, "x-tunegate-adapter" in answer.headers
 
 
 def spoken(state: Path, name: str, max_tokens: int) -> str:
@@ -190,6 +190,7 @@ def report(tally: Tally, base_ms: list[float], served: Gateway, seconds: float) 
     alike = f"{len(set(tally.own.values()))} different answers of {len(tally.own)} adapters"
     with served.client() as client:
         shown = client.get("/admin/residency").json()
+        page = client.get("/metrics").text
     loads = sum(replica["loads"] for replica in shown["replicas"])
     load_s = sum(replica["load_seconds"] for replica in shown["replicas"])
     print(f"requests: {done} in {seconds:.0f} s over {len(tally.by_name)} adapters, errors "
@@ -197,6 +198,8 @@ def report(tally: Tally, base_ms: list[float], served: Gateway, seconds: float) 
           f"tried again {sum(tally.retried.values())}")  # fmt: skip
     print(f"hit rate: {len(tally.warm_ms) / max(1, done):.3f}; loads {loads} ({load_s / max(1, loads):.2f} s each), "
           f"evictions {sum(replica['evictions'] for replica in shown['replicas'])}")  # fmt: skip
+    asked, missed = (counted(page, f"tunegate_adapter_{what}_total") for what in ("requests", "misses"))
+    print(f"by /metrics, since the start: {asked:.0f} requests, {missed:.0f} misses")
     print(f"TTFT warm: {quantiles(tally.warm_ms)}")
     print(f"TTFT cold: {quantiles(tally.cold_ms)}")
     print(f"TTFT of the base meanwhile: {quantiles(base_ms)}")
@@ -207,6 +210,12 @@ def report(tally: Tally, base_ms: list[float], served: Gateway, seconds: float) 
         for kind, count in kinds.most_common(5):
             print(f"{title} x{count}: {kind}")
     return not tally.errors and not wrong
+
+
+def counted(page: str, metric: str) -> float:
+    """The sum of a counter's samples."""
+    lines = [line for line in page.splitlines() if line.startswith((f"{metric} ", f"{metric}{{"))]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
 def real(args: argparse.Namespace) -> bool:

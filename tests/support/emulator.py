@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,10 +16,11 @@ from typing import Any
 
 import httpx2
 
+from backends.process import free_port
 from tests.support.wait import eventually
 
 ENGINES = ("vllm", "sglang", "lmdeploy")
-_START_TIMEOUT_S = 20
+_START_TIMEOUT_S = 60
 
 
 @dataclass
@@ -96,12 +96,6 @@ def lora_arguments(engine: str, adapters: Mapping[str, Path] | None = None) -> l
             return ["--enable-lora", "--max-lora-rank", "16", "--lora-target-modules", "all"]
         case _:
             return ["--backend", "pytorch", *(["--adapters", *named] if named else [])]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -75,11 +75,11 @@ def adapter(directory: Path, seed: int = 0, rank: int = 4) -> Path:
     return directory
 
 
-def upload(gateway: Gateway, name: str, directory: Path) -> dict[str, Any]:
-    """Upload a PEFT directory; the adapter object, which must be ready."""
+def upload(gateway: Gateway, name: str, directory: Path, promote: bool = True) -> dict[str, Any]:
+    """Upload a PEFT directory; the adapter object, which must be ready. promote: the name points to it then."""
     files = [("file", (file.name, file.read_bytes())) for file in sorted(directory.iterdir())]
     with gateway.client() as client:
-        answer = client.post("/v1/adapters", data={"name": name}, files=files)
+        answer = client.post("/v1/adapters", data={"name": name, "promote": str(promote).lower()}, files=files)
     assert answer.status_code in (200, 201), answer.text
     assert answer.json()["state"] == "ready", answer.text
     return dict(answer.json())

@@ -1,7 +1,8 @@
 """Stands in for `python -m trainer`: the same command line, files and exit statuses, without torch.
 
 It makes a step every few milliseconds. Words in its training data make it misbehave: `worse` (than the base on held-out
-data), `broken` (it fails), `murdered` (it is killed at each start), `stabbed` (killed once, half way).
+data), `broken` (it fails), `murdered` (it is killed at each start), `stabbed` (killed once, half way). One that samples
+answers (`grpo`) fails unless its key opens what it needs at the gateway, and nothing else.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -62,6 +64,9 @@ class Run:
         first = max((int(path.name[5:]) for path in self.directory.glob("checkpoints/step-*")), default=0)
         self.write("resumed" if first else "started", step=first, total_steps=self.total)
         (self.directory / "run.json").write_text("{}")
+        if self.config["method"] == "grpo" and (answers := self.ask_gateway()) != [200, 200, 403]:
+            self.write("failed", message=f"the gateway answers {answers}")
+            return 1
         self.evaluate(0, 2.0)
         for step in range(first + 1, self.total + 1):
             if self.asked or (self.directory / "pause").exists():
@@ -74,13 +79,20 @@ class Run:
                 return 1
             if "murdered" in self.text or ("stabbed" in self.text and not first and step == self.total // 2):
                 os.kill(os.getpid(), signal.SIGKILL)
-            self.write("step", step=step, loss=1 / step, token_accuracy=0.5, tokens=10, tokens_per_s=1e3)
+            more = {"reward": step / self.total} if self.config["method"] == "grpo" else {}
+            self.write("step", step=step, loss=1 / step, token_accuracy=0.5, tokens=10, tokens_per_s=1e3, **more)
             if step % self.config["save_every"] == 0 and step < self.total:
                 self.save(step)
                 self.write("checkpoint", step=step, path=f"step-{step:08d}")
         self.evaluate(self.total, 3.0 if "worse" in self.text else 1.0)
         self.finish()
         return 0
+
+    def ask_gateway(self) -> list[int]:
+        """The statuses of what a trainer's key opens, and of what it does not."""
+        key = {"authorization": f"Bearer {os.environ['TUNEGATE_API_KEY']}"}
+        urls = [f"{self.config['gateway_url']}/v1/{path}" for path in ("models", "adapters", "files")]
+        return [httpx2.get(url, headers=key, trust_env=False).status_code for url in urls]
 
     def evaluate(self, step: int, loss: float) -> None:
         if self.config.get("eval_dataset"):

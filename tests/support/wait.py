@@ -9,7 +9,7 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 
-def eventually(condition: Callable[[], Value], timeout_s: float = 10.0, every_s: float = 0.02) -> Value:
+def eventually(condition: Callable[[], Value], timeout_s: float = 30.0, every_s: float = 0.02) -> Value:
     """The first truthy value of `condition`. Raises AssertionError when the time is over."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from gateway.adapters import names
 from gateway.adapters.storage import AdapterStorage
 from gateway.errors import InternalError, InvalidRequest, StorageFull
+from tests.support import disks
 from tests.support.archives import files_of, zip_of
 from tests.support.peft_files import TINY, Adapter, write_adapter
 from tests.unit.adapters.conftest import Intake
@@ -75,14 +75,8 @@ def test_start_sweeps_what_a_crash_left(intake: Intake, upload: bytes, tmp_path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 64 KB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with disks.small_disk(tmp_path / "disk", "64k") as disk:
+        yield disk
 
 
 def test_full_disk(make_intake: Callable[..., Intake], small_disk: Path, upload: bytes, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ FAST = Timings(
 )
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 5.0) -> Any:
+async def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
     """The first truthy value of `condition`, looked at between other tasks."""
     deadline = asyncio.get_running_loop().time() + timeout_s
     while not (value := condition()):

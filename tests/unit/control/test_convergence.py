@@ -194,7 +194,7 @@ class Adapters(RuleBasedStateMachine):
         timings = Timings(poll_s=0.1, resync_s=10.0, retry_s=5.0, last_retry_s=20.0, relays_s=1.0)
         setup = Setup(
             Public("base", {}), "generate", backends.get("vllm"), CAPACITY, Path("/run"), [], timings,
-            rules=Rules(stay_s=0.5, patience_s=0.5, turn_s=2.0),
+            rules=Rules(stay_s=0.5, unasked_s=0.5, patience_s=0.5, turn_s=2.0),
         )  # fmt: skip
         self.core = Core(setup, self.store, cast(AdapterStorage, self.storage))
         self.patch.setattr(self.store, "migrate", lambda: None)

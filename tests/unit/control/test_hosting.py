@@ -107,18 +107,25 @@ SPEC = EngineSpec(
     [(0, None, "0,1"), (1, None, "2,3"), (0, "4,5,6,7", "4,5"), (1, "4,5,6,7", "6,7"), (1, "a, b ,c,d", "c,d")],
 )
 def test_every_replica_has_its_own_gpus(index: int, visible: str | None, gpus: str) -> None:
-    assert gpus_of(index, SPEC, visible, 4) == {"CUDA_VISIBLE_DEVICES": gpus}
+    assert gpus_of(index, 2, SPEC, visible, 4) == {"CUDA_VISIBLE_DEVICES": gpus}
 
 
 def test_too_few_gpus() -> None:
-    with pytest.raises(ConfigError, match="replica 1 needs 2 GPUs, CUDA_VISIBLE_DEVICES=0,1,2 leaves it 1"):
-        gpus_of(1, SPEC, "0,1,2", 4)
-    with pytest.raises(ConfigError, match="replica 2 needs 2 GPUs, this machine leaves it 0; lower --replicas"):
-        gpus_of(2, SPEC, None, 4)
+    with pytest.raises(ConfigError, match="--replicas 2 needs 4 GPUs, CUDA_VISIBLE_DEVICES=0,1,2 has 3"):
+        gpus_of(1, 2, SPEC, "0,1,2", 4)
+    with pytest.raises(ConfigError, match="--replicas 3 needs 6 GPUs, this machine has 4; lower --replicas"):
+        gpus_of(0, 3, SPEC, None, 4)
+    with pytest.raises(ConfigError, match="--replicas 1 needs 2 GPUs, CUDA_VISIBLE_DEVICES= has 0"):
+        gpus_of(1, 1, SPEC, "", 4)
+
+
+def test_what_takes_over_shares_the_gpus_of_what_it_takes_over_from() -> None:
+    """Of two replicas on all GPUs, a switch's new ones have the numbers 2 and 3."""
+    assert [gpus_of(index, 2, SPEC, None, 4)["CUDA_VISIBLE_DEVICES"] for index in (2, 3)] == ["0,1", "2,3"]
 
 
 def test_gpus_that_nobody_counted_are_handed_out_all_the_same() -> None:
-    assert gpus_of(1, SPEC, None, 0) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert gpus_of(1, 2, SPEC, None, 0) == {"CUDA_VISIBLE_DEVICES": "2,3"}
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 from gateway.control import keys as module
 from gateway.control.key_store import KeyStore
-from gateway.control.keys import KeyRing, Terms, period_start
+from gateway.control.keys import KeyRing, Terms, digest, period_start
 from gateway.control.store import Store
 from gateway.errors import Conflict, InvalidRequest, NotFound
 from gateway.observe.usage import IN_FLIGHT, REQUESTS, ROW_CELLS, TOKENS, Usage
@@ -324,3 +324,18 @@ async def test_what_is_lent_outlives_a_rotation(ring: Ring) -> None:
     await ring.keys.rotate("ops", grace_s=0)
     entry = ring.entry(secret)
     assert entry is not None and entry.expires_at is None
+
+
+async def test_what_is_lent_for_less_opens_less(ring: Ring) -> None:
+    shown, _ = await ring.keys.create("ops", ADMIN_TERMS)
+    whole = ring.keys.lend(shown["id"])
+    part = ring.keys.lend(shown["id"], frozenset({"infer"}))
+    narrow, wide = ring.entry(part), ring.entry(whole)
+    assert narrow is not None and wide is not None
+    assert narrow.scopes == {"infer"} and "admin" in wide.scopes and narrow.row == wide.row
+    ring.keys.take_back(digest(part))
+    assert ring.entry(part) is None and ring.entry(whole) is not None
+    ring.keys.lend_again(digest(part), shown["id"], frozenset({"infer"}))
+    assert ring.entry(part) is not None
+    assert ring.keys.opens(shown["id"], "admin") and ring.keys.opens("", "admin")
+    assert not ring.keys.opens("key-gone", "infer")

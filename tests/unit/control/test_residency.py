@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 
 from gateway.control.residency import Held, Rules, Seat, Want, decide, ranked, spread
 
-RULES = Rules(stay_s=1.0, patience_s=0.5, turn_s=5.0)
+RULES = Rules(stay_s=1.0, unasked_s=3.0, patience_s=0.5, turn_s=5.0)
 NOW_S = 100.0
 
 
-def held(*, since_s: float | None = 0.0, used_s: float = 0.0, in_flight: int = 0, worth: float = 0.0) -> Held:
-    return Held(since_s, used_s, in_flight, worth)
+def held(
+    *, since_s: float | None = 0.0, used_s: float = 0.0, in_flight: int = 0, worth: float = 0.0, asked: bool = True
+) -> Held:
+    return Held(since_s, used_s, in_flight, worth, asked)
 
 
 def after(holding: dict[str, Held], *wants: Want, room: int = 2, spare: int = 1) -> set[str]:
@@ -31,6 +33,12 @@ def test_the_least_worth_gives_way_and_among_equals_the_least_recently_used() ->
 
 def test_nothing_gives_way_before_it_has_stayed_or_while_it_is_loaded() -> None:
     assert after({"a": held(since_s=NOW_S - 0.5), "b": held(since_s=None)}, waiting("c", 0.0)) == {"a", "b"}
+
+
+def test_what_had_no_request_yet_stays_longer_since_those_that_waited_for_it_are_on_their_way() -> None:
+    here = {"a": held(used_s=1, since_s=NOW_S - 2, asked=False), "b": held(used_s=2, since_s=NOW_S - 2)}
+    assert after(here, waiting("c", 0.0)) == {"a", "c"}
+    assert after(here | {"a": held(used_s=1, since_s=NOW_S - 4, asked=False)}, waiting("c", 0.0)) == {"b", "c"}
 
 
 def test_what_is_worth_much_gives_way_only_to_a_wait_that_lasts() -> None:
@@ -90,7 +98,14 @@ def test_spread_grows_with_an_adapters_own_load() -> None:
 CONTENT = st.sampled_from("abcdefgh")
 SEAT = st.dictionaries(
     CONTENT,
-    st.builds(Held, st.one_of(st.none(), st.floats(0, 100)), st.floats(0, 100), st.integers(0, 3), st.floats(0, 9)),
+    st.builds(
+        Held,
+        st.one_of(st.none(), st.floats(0, 100)),
+        st.floats(0, 100),
+        st.integers(0, 3),
+        st.floats(0, 9),
+        st.booleans(),
+    ),
     max_size=4,
 )
 WANT = st.builds(

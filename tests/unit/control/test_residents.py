@@ -77,7 +77,7 @@ async def relay(world: World) -> AsyncIterator[Relay]:
     await asyncio.gather(task, return_exceptions=True)
 
 
-EAGER = Rules(stay_s=0.02, patience_s=0.0, turn_s=0.02)
+EAGER = Rules(stay_s=0.02, unasked_s=0.02, patience_s=0.0, turn_s=0.02)
 
 
 def eager(world: World) -> None:

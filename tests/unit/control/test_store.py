@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from gateway.control.catalog import Canary, Cause, Event, Version, VersionState
 from gateway.control.store import NewVersion, Store, StoreUnavailable
 from gateway.errors import Conflict, NotFound, StorageFull
 from gateway.tuning import store as tuning
+from tests.support import disks
 
 
 @pytest.fixture
@@ -148,13 +148,8 @@ def test_snapshot_versions_grow_over_restarts(tmp_path: Path, store: Store) -> N
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with disks.small_disk(tmp_path / "disk", "256k") as disk:
+        yield disk
 
 
 def test_full_disk(small_disk: Path) -> None:

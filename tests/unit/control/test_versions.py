@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from gateway.control import app
 from gateway.control.catalog import Cause
-from gateway.errors import StorageFull
+from gateway.errors import Conflict, StorageFull
 from gateway.observe import series
 from gateway.observe.cells import Cells
 from tests.unit.control.conftest import Start, World, until
@@ -86,6 +87,37 @@ async def test_rollback_stays_rolled_back(start: Start) -> None:
         await post(client, "tuned/rollback")
         for _ in range(3):
             await world.core.published()
+        assert world.core.registry.adapters["tuned"].current == 1
+
+
+async def test_two_operators_cannot_undo_each_others_moves_unseen(start: Start) -> None:
+    async with api(start) as (world, client):
+        for seed in (1, 2, 3):
+            await upload(world, client, "tuned", seed)
+        assert (await post(client, "tuned/rollback", expected_version=3))["current_version"] == 2
+        for action in ("tuned/rollback", "tuned/promote"):  # the other one saw v3 failing, too
+            error = await refused(client, 409, "'tuned' points to tuned@v2", action, expected_version=3)
+            assert (error["code"], error["param"]) == ("version_moved", "expected_version")
+        await refused(client, 409, "points to tuned@v2", "tuned/canary", version=1, weight=5, expected_version=3)
+        await post(client, "tuned/canary", version=1, weight=5, expected_version=2)
+        await refused(client, 409, "tuned@v1 is tried", "tuned/canary", version=3, weight=5, expected_version=2)
+        await refused(client, 409, "tuned@v1 is tried", "tuned/promote", version=3, expected_version=2)
+        await post(client, "tuned/canary", version=1, weight=9, expected_version=2)
+        assert (await post(client, "tuned/promote", expected_version=2))["current_version"] == 1
+        await refused(client, 400, "expected_version", "tuned/promote", expected_version=0)
+        assert len(await history(client, "tuned")) == 7  # what was refused changed nothing
+
+
+async def test_of_two_rollbacks_at_the_same_time_one_is_refused(start: Start) -> None:
+    """Done one after the other they would end where they began."""
+    async with api(start) as (world, client):
+        for seed in (1, 2):
+            await upload(world, client, "tuned", seed)
+        both = (world.service.versions.roll_back("tuned", who, 5.0) for who in ("key-1", "key-2"))
+        done, refusal = await asyncio.gather(*both, return_exceptions=True)
+        assert done is None
+        assert isinstance(refusal, Conflict)
+        assert refusal.code == "version_moved"
         assert world.core.registry.adapters["tuned"].current == 1
 
 

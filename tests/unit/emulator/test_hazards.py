@@ -9,8 +9,9 @@ from typing import Any
 import httpx2
 import pytest
 
+from backends.process import free_port
 from tests.support.checkpoints import write_checkpoint
-from tests.support.emulator import Emulator, arguments, emulator, free_port, lora_arguments, run_to_exit
+from tests.support.emulator import Emulator, arguments, emulator, lora_arguments, run_to_exit
 from tests.support.peft_files import TINY, Adapter, write_adapter
 from tests.support.wait import eventually
 

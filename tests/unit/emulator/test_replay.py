@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 from backends.emulator.recordings import Book
+from backends.process import free_port
 from scripts.recorder.adapters import write_all
 from scripts.recorder.capture import ask
 from scripts.recorder.cases import Case
 from scripts.recorder.setups import KEY, SETUPS, Setup
 from tests.support.checkpoints import write_checkpoint
-from tests.support.emulator import free_port, launch
+from tests.support.emulator import launch
 from tests.support.peft_files import Shapes
 from tests.support.wait import eventually
 

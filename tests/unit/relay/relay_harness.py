@@ -24,6 +24,7 @@ from gateway.relay.traffic import Limits
 from gateway.snapshot import Key, Model, Replica, Snapshot
 
 CHAT = "/v1/chat/completions"
+_PATIENCE_S = 20  # for what comes at once, on a machine that has no time
 
 
 @dataclass
@@ -69,14 +70,14 @@ class Client:
         self.send("POST", path, json.dumps(members).encode(), **(headers or {}))
 
     async def head(self) -> tuple[int, dict[str, str]]:
-        text = (await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 5)).decode()
+        text = (await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), _PATIENCE_S)).decode()
         line, *rest = text.strip().split("\r\n")
         return int(line.split()[1]), {name.lower(): value for name, value in (pair.split(": ", 1) for pair in rest)}
 
     async def piece(self) -> bytes:
         """The next chunk of a chunked body; b"" for the last one."""
-        size = int(await asyncio.wait_for(self.reader.readline(), 5), 16)
-        data = await asyncio.wait_for(self.reader.readexactly(size), 5)
+        size = int(await asyncio.wait_for(self.reader.readline(), _PATIENCE_S), 16)
+        data = await asyncio.wait_for(self.reader.readexactly(size), _PATIENCE_S)
         await self.reader.readexactly(2)
         return data
 
@@ -86,18 +87,18 @@ class Client:
         if no_body:
             pass
         elif "content-length" in headers:
-            body = await asyncio.wait_for(self.reader.readexactly(int(headers["content-length"])), 5)
+            body = await asyncio.wait_for(self.reader.readexactly(int(headers["content-length"])), _PATIENCE_S)
         elif "transfer-encoding" in headers:
             while data := await self.piece():
                 body += data
         else:
-            body = await asyncio.wait_for(self.reader.read(), 5)
+            body = await asyncio.wait_for(self.reader.read(), _PATIENCE_S)
         return Answer(status, headers, body)
 
     async def closed(self) -> bool:
         """The relay closes the connection, having sent nothing more."""
         try:
-            return await asyncio.wait_for(self.reader.read(), 5) == b""
+            return await asyncio.wait_for(self.reader.read(), _PATIENCE_S) == b""
         except ConnectionError:
             return True
 
@@ -201,11 +202,14 @@ class Relay:
         return self.entries[0]
 
     def counted(self, metric: str) -> dict[tuple[str, ...], int]:
-        """labels -> the first cell of each series."""
-        return {labels: cells[0] for labels, cells in sum_relays(self.folder).get(metric, {}).items()}
+        """labels -> the first cell of each series; without the one for requests that find no room, while it is 0."""
+        found = sum_relays(self.folder).get(metric, {})
+        return {
+            labels: cells[0] for labels, cells in found.items() if cells[0] or labels != ("(other)", "(other)", "0")
+        }
 
 
-async def until(condition: Any, timeout_s: float = 5.0) -> None:
+async def until(condition: Any, timeout_s: float = 20.0) -> None:
     """Let the loop run until `condition()` holds."""
     deadline = asyncio.get_running_loop().time() + timeout_s
     while not condition():

@@ -80,7 +80,7 @@ class ScriptedUpstream:
 
     async def request(self, number: int = 0) -> Seen:
         """The request of that number, once it has come."""
-        async with asyncio.timeout(5), self.arrived:
+        async with asyncio.timeout(20), self.arrived:
             await self.arrived.wait_for(lambda: len(self.seen) > number)
         return self.seen[number]
 

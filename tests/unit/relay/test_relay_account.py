@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.observe import series
-from gateway.observe.cells import Cells, Peers
+from gateway.observe.cells import Cells, CellsFull, Peers
 from gateway.observe.exposition import sum_relays
 from gateway.relay import account
 from gateway.relay.account import Meter
@@ -31,7 +31,8 @@ def ask(meter: Meter, *labels: str) -> None:
 
 
 def counted(folder: Path) -> dict[str, int]:
-    return {labels[1]: cells[0] for labels, cells in sum_relays(folder)[series.REQUESTS.name].items() if labels[1]}
+    found = sum_relays(folder)[series.REQUESTS.name].items()
+    return {labels[1]: cells[0] for labels, cells in found if labels[1] and cells[0]}
 
 
 @pytest.mark.usefixtures("few")
@@ -52,6 +53,22 @@ def test_what_comes_too_fast_is_counted_together(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(account, "_TAKEN_OVER_EVERY_S", 1e9)
     ask(meter(tmp_path), "a", "b", "c", "d", "c", "a")
     assert counted(tmp_path) == {"a": 2, "b": 1, "(other)": 3}
+
+
+def test_where_no_series_can_be_added_requests_are_counted_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relay = meter(tmp_path)
+    ask(relay, "a")
+
+    def full(*_: object) -> None:
+        raise CellsFull("the disk is full")
+
+    monkeypatch.setattr(Cells, "_append", full)
+    ask(relay, "a", "b", "b")
+    relay.plain(Request(b"GET", b"/health", {}, True), "/health", 200, "ok")
+    assert counted(tmp_path) == {"a": 2, "(other)": 3}
+    assert sum(sum_relays(tmp_path)[series.DURATION.name]["(other)",][:-1]) == 2
 
 
 @pytest.mark.usefixtures("few")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from relay_harness import CHAT, Client, Relay, replica, until
 from scripted_upstream import Hang, ScriptedUpstream, answer, completion
 
-from gateway.observe.cells import WAITING, Cells, Peers
+from gateway.observe.cells import WAITING, Cells, InFlight, Peers
 from gateway.relay import admit
 from gateway.relay.traffic import Limits
 from gateway.snapshot import Key
@@ -69,11 +68,12 @@ async def test_never_more_than_there_is_room_for(narrow: Relay) -> None:
     assert (narrow.in_flight(), waiting(narrow)) == (0, 0)
 
 
-async def test_batch_comes_last(narrow: Relay) -> None:
+async def test_batch_comes_last(narrow: Relay, tmp_path: Path) -> None:
     gate = asyncio.Event()
     engine = await narrow.engine([gate, answer(completion())])
     clients = [await ask(narrow, n) for n in range(2)]
     clients += [await ask(narrow, 2, x_priority="batch"), await ask(narrow, 3), await ask(narrow, 4)]
+    assert (waiting(narrow), InFlight(tmp_path).pressing()) == (3, 2)
     gate.set()
     for client in clients:
         assert (await client.answer()).status == 200
@@ -102,17 +102,15 @@ async def test_what_cannot_start_in_time_is_told_at_once(narrow: Relay) -> None:
         gate.set()
     await until(lambda: waiting(narrow) == 1)
     await ask(narrow, 5)
-    started_s = time.monotonic()
     client = await narrow.client()
     body = {"model": "demo", "messages": []}
     client.send("POST", CHAT, json.dumps(body).encode(), x_stainless_read_timeout="0.05")
     got = await client.answer()
-    assert time.monotonic() - started_s < 0.1
     assert (got.status, got.error["code"]) == (503, "overloaded")
     assert int(got.headers["retry-after-ms"]) >= 250
     assert int(got.headers["retry-after"]) >= 1
     assert "x-should-retry" not in got.headers
-    assert narrow.counted("tunegate_queue_refusals") == {("too_late",): 1}
+    assert narrow.counted("tunegate_queue_refusals") == {("too_late",): 1}  # it never waited, else it is `expired`
 
 
 async def test_clients_that_retry_are_told_not_to_once_the_budget_is_spent(narrow: Relay) -> None:

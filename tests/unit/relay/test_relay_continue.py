@@ -93,7 +93,7 @@ async def test_on_the_same_replica_once_it_is_back(relay: Relay) -> None:
 
 
 async def test_it_does_not_wait_for_ever(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.relay.forward.RESUME_WITHIN_S", 0.05)
+    monkeypatch.setattr("gateway.relay.continuing.RESUME_WITHIN_S", 0.05)
     await relay.engine([STREAM_HEAD, chunk(token("one")), Close()])
     asking = asyncio.create_task(relay.ask(stream=True))
     await until(lambda: relay.counted("tunegate_upstream_errors"))
@@ -124,7 +124,7 @@ async def test_an_engine_that_cannot_go_on(relay: Relay) -> None:
 
 
 async def test_not_by_another_adapter_of_the_same_name(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.relay.forward.RESUME_WITHIN_S", 0.05)
+    monkeypatch.setattr("gateway.relay.continuing.RESUME_WITHIN_S", 0.05)
     first = await relay.engine([STREAM_HEAD, chunk(token("one", "a-1")), Close()], serve=False)
     second = await relay.engine([STREAM_HEAD, chunk(token("two", "a-2")), chunk(DONE)], serve=False)
     r0, r1 = replica(first, "r0", 0), replica(second, "r1", 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from scripted_upstream import (
     token,
 )
 
+from backends.process import free_port
 from gateway.relay.forward import KEEPALIVE_S
 from gateway.relay.traffic import Limits
 from gateway.snapshot import Delta, Model, NotLoaded
@@ -43,11 +43,6 @@ async def narrow(tmp_path: Path) -> AsyncIterator[Relay]:
     await relay.start()
     yield relay
     await relay.close()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 async def serving(relay: Relay, adapter: Model, *scripts: list[Step], port: int | None = None) -> list[str]:
@@ -160,8 +155,8 @@ async def test_a_stream_that_waits_for_its_adapter_is_kept_open(relay: Relay) ->
         async with asyncio.timeout(0.02):
             await client.reader.read(1)
     relay.seconds(1)
-    status, _ = await client.head()
-    assert (status, await client.piece()) == (200, b": ka\n")
+    status, headers = await client.head()
+    assert (status, headers["x-tunegate-adapter"], await client.piece()) == (200, "loading", b": ka\n")
     change(relay, ON_R0)
     rest = b""
     while data := await client.piece():

@@ -1,0 +1,61 @@
+"""What adapters are asked for, read from the relays' cells: every request counts, and for its own adapter alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from gateway.control.demand import Demand
+from gateway.control.rows import Rows
+from gateway.observe.cells import ADAPTER_ROW
+
+
+class Cells:
+    """What all relays count, without relays."""
+
+    def __init__(self) -> None:
+        self.values: Counter[int] = Counter()
+        self.rows = Rows(lambda cell: self.values[cell])
+        self.demand = Demand(self.rows, lambda end: [self.values[cell] for cell in range(ADAPTER_ROW, end)])
+
+    def ask(self, content_id: str, requests: int) -> None:
+        """Requests that came and were answered since."""
+        self.values[self.rows.cell("r0", content_id) + 1] += requests
+
+
+def test_requests_before_the_first_look_count() -> None:
+    cells = Cells()
+    cells.ask("a-1", 3)
+    cells.demand.look(1.0)
+    assert cells.demand.served == 3
+    assert cells.demand.rate("a-1") > 0
+
+
+def test_a_row_that_is_given_again_counts_for_its_new_adapter_alone() -> None:
+    cells = Cells()
+    cells.ask("a-1", 5)
+    cells.demand.look(1.0)
+    first = cells.rows.cell("r0", "a-1")
+    cells.rows.release("r0", ())
+    assert cells.rows.cell("r0", "a-2") == first
+    cells.ask("a-2", 2)
+    cells.demand.look(2.0)
+    assert cells.demand.served == 7
+    assert cells.demand.rate("a-1") > cells.demand.rate("a-2") > 0
+
+
+def test_one_that_comes_back_to_another_row_is_counted_on() -> None:
+    cells = Cells()
+    cells.ask("a-1", 5)
+    cells.demand.look(1.0)
+    cells.rows.release("r0", ())
+    cells.ask("a-2", 9)  # takes its row
+    cells.ask("a-1", 1)
+    cells.demand.look(2.0)
+    assert cells.demand.served == 15
+
+
+def test_a_row_with_requests_in_flight_is_kept() -> None:
+    cells = Cells()
+    cells.values[cells.rows.cell("r0", "a-1")] = 1
+    cells.rows.release("r0", ())
+    assert cells.rows.cell("r0", "a-2") != cells.rows.cell("r0", "a-1")
