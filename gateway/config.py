@@ -110,7 +110,9 @@ class ServeConfig(BaseModel):
         None, _TRAINING, "Command asked before a tuned model is served, as `COMMAND BASE MODEL URL`."
     )
     max_file_mb: int = _option(512, _TRAINING, "Largest file of /v1/files, in MB.", ge=1)
-    max_files_gb: float = _option(100.0, _TRAINING, "All files that one key keeps there, in GB.", gt=0)
+    max_files_gb: float = _option(
+        100.0, _TRAINING, "All files that one key keeps there, in GB.", gt=0, allow_inf_nan=False
+    )
 
     host: str = _option("127.0.0.1", _SERVER, "Address to listen on.")
     port: int = _option(8000, _SERVER, "Port to listen on.", ge=0, le=65535)

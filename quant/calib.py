@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.errors import BadCalibration
+from quant.errors import BadCalibration, BadCheckpoint
 
 BUNDLED = Path(__file__).parent / "texts.jsonl.gz"
 
@@ -24,12 +24,12 @@ def read_records(path: Path | None) -> Iterator[dict[str, Any]]:
     Raises BadCalibration.
     """
     source = path or BUNDLED
-    with gzip.open(source, "rt", encoding="utf-8") if path is None else source.open(encoding="utf-8") as lines:
+    with gzip.open(source) if path is None else source.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode())
             except ValueError as error:
                 raise BadCalibration(f"{source} line {number} is not JSON ({error})") from error
             if isinstance(record, dict) and isinstance(record.get("body"), dict):
@@ -39,24 +39,40 @@ def read_records(path: Path | None) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def tokenizer_of(directory: Path) -> Any:
+    """The tokenizer of a checkpoint. Raises BadCheckpoint."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise BadCheckpoint(f"{directory} holds no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+
+
 def render(record: dict[str, Any], tokenizer: Any) -> list[int]:
-    """Token ids of one record: chats through the model's own template, texts as they are."""
+    """Token ids of one record: chats through the model's own template, texts as they are. Raises BadCalibration."""
     if "messages" not in record:
         return list(tokenizer(record["text"])["input_ids"])
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
         raise BadCalibration("the calibration file holds chats, but the model has no chat template: give it texts")
-    text = tokenizer.apply_chat_template(record["messages"], tools=record.get("tools"), tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(record["messages"], tools=record.get("tools"), tokenize=False)
+    except (TemplateError, TypeError, ValueError) as error:
+        beginning = str(record["messages"])[:80]
+        raise BadCalibration(
+            f"a chat of the calibration file does not go through the model's chat template ({error}): {beginning}"
+        ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def calibration_tokens(directory: Path, path: Path | None, samples: int, length_tokens: int, seed: int) -> Tensor:
     """Up to `samples` sequences of `length_tokens` ids, [B, T]: records in an order drawn by `seed`, joined and cut.
 
-    A file too small for one sequence gives one shorter sequence. Raises BadCalibration.
+    A file too small for one sequence gives one shorter sequence. Raises BadCalibration, BadCheckpoint.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = tokenizer_of(directory)
     records = list(read_records(path))
     random.Random(seed).shuffle(records)  # noqa: S311 - a reproducible order, not a secret
     ids: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def find_model(name: str) -> Path:
     pulled = home / "models" / name
     if pulled.is_dir():
         return pulled
-    if name.count("/") != 1 or importlib.util.find_spec("huggingface_hub") is None:
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]*\w", name) or importlib.util.find_spec("huggingface_hub") is None:
         raise click.ClickException(
             f"{name} is no directory, and no pulled model ({pulled}): `gateway models pull {name}`"
         )

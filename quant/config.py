@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -63,6 +64,11 @@ class QuantOptions(BaseModel):
             raise ValueError(f"the awq format holds 4 bits, not {grid.bits}: use gptq or compressed-tensors")
         if form == "gptq" and not grid.symmetric:
             raise ValueError("the gptq format is written symmetric: vLLM and SGLang refuse anything else")
+        for pattern in self.skip:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"skip: {pattern!r} is no regular expression: {error}") from error
         if self.calib_samples == 0 and self.method != "rtn":
             raise ValueError(f"{self.method} needs calibration: set calib_samples above 0, or use method rtn")
         return self

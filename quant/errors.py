@@ -6,6 +6,7 @@ QuantError
 ├── BadCalibration     no usable calibration text
 ├── BadAdapter         not a plain LoRA of this model
 ├── NotServed          the engine did not come up, or did not answer
+├── BadDevice          a device that torch does not know or see
 ├── NotExact           a conversion that would change weights
 ├── JobConflict        the output exists, or its unfinished work belongs to another job
 ├── RankLost           another process of a job of several ended
@@ -37,6 +38,10 @@ class BadAdapter(QuantError):
 
 class NotServed(QuantError):
     """The engine did not come up with the checkpoint, or did not answer."""
+
+
+class BadDevice(QuantError):
+    """The device asked for is none that torch knows, or sees on this machine."""
 
 
 class NotExact(QuantError):

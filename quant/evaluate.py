@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant.calib import cut
+from quant.calib import cut, tokenizer_of
 from quant.checkpoint import Checkpoint
-from quant.errors import BadCalibration
+from quant.errors import BadCalibration, BadCheckpoint
 from quant.skeleton import Skeleton
 
 
@@ -57,6 +57,13 @@ def evaluate_all(
 ) -> list[Quality]:
     """Compare each of several checkpoints with their original, which runs once. Raises QuantError."""
     sides = [Skeleton(Checkpoint(directory), device) for directory in (original, *quantized)]
+    sizes = [(len(side.layers), side.model.get_input_embeddings().num_embeddings) for side in sides]
+    for directory, size in zip(quantized, sizes[1:], strict=True):
+        if size != sizes[0]:
+            raise BadCheckpoint(
+                f"{directory} ({size[0]} layers, {size[1]} tokens in its vocabulary) was not made from {original} "
+                f"({sizes[0][0]} layers, {sizes[0][1]} tokens): give the model that it was made from"
+            )
     batches = tokens_BT.split(max(1, 4096 // tokens_BT.shape[1]))
     states = [[side.embed(batch).cpu() for batch in batches] for side in sides]
     layers = len(sides[0].layers)
@@ -92,10 +99,12 @@ def compare_logits(before_TV: Tensor, after_TV: Tensor, target_T: Tensor) -> Ten
 
 
 def evaluation_tokens(directory: Path, text: Path, samples: int, length_tokens: int) -> Tensor:
-    """Sequences [B, T] from a plain text file, from its start and in order. Raises BadCalibration."""
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(directory)(text.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    """Sequences [B, T] from a plain text file, from its start and in order. Raises BadCalibration, BadCheckpoint."""
+    try:
+        words = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadCalibration(f"{text} is not plain text: {error}") from error
+    ids = tokenizer_of(directory)(words, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise BadCalibration(f"{text} holds {len(ids)} tokens: nothing to evaluate")
     return cut(ids, samples, length_tokens)

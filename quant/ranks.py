@@ -131,6 +131,11 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if size == 1:
         yield ALONE
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise RankLost(
+            f"WORLD_SIZE says {size} processes, but {', '.join(missing)} is not set: start them by torchrun, or unset "
+            "WORLD_SIZE for one process"
+        )
     with _heard():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     yield Ranks(dist.get_rank(), size)

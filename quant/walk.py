@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from quant.calib import calibration_tokens, fingerprint
 from quant.checkpoint import Checkpoint, dequantized
 from quant.config import QuantOptions
-from quant.errors import UnsupportedModel
+from quant.errors import BadDevice, UnsupportedModel
 from quant.formats import Scheme, quantization_config
 from quant.layer import LayerResult, quantize_layer, sites_of, skip_reasons
 from quant.moments import LastSiteReached, Moments, gathering
@@ -147,7 +147,8 @@ class _Walk:
         stored = {prefix + name: tensor for name, tensor in result.tensors.items()}
         if self.workspace:
             self.workspace.put(shard, stored, entry)
-        self._forward(index, self.ranks.told(stored))
+        if self.hidden:
+            self._forward(index, self.ranks.told(stored))
         return entry
 
     def _resume(self, index: int, shard: str) -> dict[str, Any]:
@@ -159,7 +160,7 @@ class _Walk:
 
     def _forward(self, index: int, stored: dict[str, Tensor]) -> None:
         """Run the calibration sequences through the layer as stored, to the input of the next."""
-        if not self.hidden or index == len(self.skeleton.layers) - 1:
+        if index == len(self.skeleton.layers) - 1:
             return
         prefix = self.skeleton.layer_prefix(index)
         moved = {name: tensor.to(self.device) for name, tensor in stored.items()}
@@ -230,10 +231,20 @@ def _fast_products() -> Iterator[None]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is a CUDA device, or the CPU. Which one, where it is not said: the first, or this process's of several."""
+    """`auto` is a CUDA device, or the CPU. Which one, where it is not said: the first, or this process's of several.
+
+    Raises BadDevice.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(f"cuda:{local_rank()}") if name == "cuda" else torch.device(name)
+    try:
+        device = torch.device(f"cuda:{local_rank()}" if name == "cuda" else name)
+    except RuntimeError as error:
+        raise BadDevice(f"{name!r} is no device: give auto, cpu, cuda, or a number too, as in cuda:1") from error
+    devices = torch.cuda.device_count()
+    if device.type == "cuda" and device.index >= devices:
+        raise BadDevice(f"there is no {device}: torch sees {devices} CUDA devices. Give another --device, or cpu")
+    return device
 
 
 def shard_name(index: int) -> str:

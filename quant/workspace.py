@@ -111,9 +111,8 @@ class Workspace:
         if report is not None:
             write_json(self.partial / "quant_report.json", report)
             (self.partial / "quant_report.html").write_text(render(report, source.name), encoding="utf-8")
-        own = [
-            file for file in sorted(self.partial.iterdir()) if file.name not in (_JOB, _LOCK) and file.suffix != ".tmp"
-        ]
+        unlisted = (_JOB, _LOCK, "manifest.json")  # the last: of a try that was killed before the rename
+        own = [file for file in sorted(self.partial.iterdir()) if file.name not in unlisted and file.suffix != ".tmp"]
         files = {file.name: _describe(file, self._shards.get(file.name)) for file in own}
         write_json(self.partial / "manifest.json", manifest | {"files": files})
         read_entries(self.partial)  # the last look at every shard's length before the name says it is whole

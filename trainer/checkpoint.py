@@ -95,9 +95,9 @@ class CheckpointStore:
         """Weights and moments lie in `partial`: make a checkpoint of it."""
         (partial / "state.json").write_text(json.dumps(asdict(state)))
         for file in (*partial.iterdir(), partial):
-            _sync(file)
+            sync(file)
         partial.rename(final)
-        _sync(self._directory)
+        sync(self._directory)
         self._prune({state.step, state.best_step})
 
     def _prune(self, keep_also: set[int | None]) -> None:
@@ -168,14 +168,14 @@ def _replace_text(file: Path, text: str) -> None:
     partial = file.with_suffix(".partial")
     try:
         partial.write_text(text)
-        _sync(partial)
+        sync(partial)
         partial.rename(file)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise CheckpointError(f"{file} cannot be renewed: {error}; it is as it was") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the disk hold what was written, before anything is renamed over it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -21,7 +21,7 @@ from trainer import extras, graders
 from trainer.control import PauseRequest
 from trainer.data import validate
 from trainer.errors import TrainError
-from trainer.formats import FormatName, parse_conversation, parse_labelled, parse_preference, parse_prompt
+from trainer.formats import FormatName, Prompt, parse_conversation, parse_labelled, parse_preference, parse_prompt
 from trainer.launch import EXIT_PAUSED, launch
 from trainer.swift import import_command
 
@@ -122,9 +122,9 @@ def check_data(data: tuple[str, ...], method: str, data_format: FormatName, grad
         judge = graders.read(grader) if grader else None
 
         def check(row: dict[str, Any]) -> None:
-            parse(row, data_format)
-            if judge is not None:
-                graders.check_item(judge, row)
+            parsed = parse(row, data_format)
+            if judge is not None and isinstance(parsed, Prompt):
+                graders.check_item(judge, parsed.columns)  # what it is given of the row
 
         extras.require(extras.packages_of(data))
         summary = validate(data, check)
@@ -185,7 +185,7 @@ class _shown_as_click_error:  # reads as a function where it is used
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, TrainError):
+        if isinstance(error, TrainError | OSError):
             rank = os.environ.get("RANK", "0")
             raise click.ClickException(str(error) if rank == "0" else f"process {rank}: {error}") from error
 

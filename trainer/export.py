@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from trainer import ranks
-from trainer.checkpoint import whole_weights, write_weights
+from trainer.checkpoint import sync, whole_weights, write_weights
 from trainer.learner import Learner
 from trainer.model import BaseModel
 
@@ -38,7 +38,10 @@ def export(learner: Learner, directory: Path, manifest: dict[str, Any]) -> None:
     def complete() -> None:
         files = {path.name: sha256_of_file(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=2))
+        for file in (*partial.iterdir(), partial):
+            sync(file)
         partial.rename(directory)
+        sync(directory.parent)
 
     ranks.lead(begin)
     if learner.adapter is not None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from trainer import ranks
 from trainer.learner import Learner
 from trainer.pack import pack_sequences
 
@@ -43,7 +44,9 @@ def golden_answers(learner: Learner, prompts: Prompts, count: int) -> list[dict[
         open_answers = [answer for answer in open_answers if not stop & set(answer.token_ids)]
         if not open_answers:
             break
-        for answer, (token, logprob) in zip(open_answers, _next_tokens(learner, open_answers), strict=True):
+        found = _next_tokens(learner, open_answers)
+        # All go on with the same: where layers are shared out, each pass takes every process.
+        for answer, (token, logprob) in zip(open_answers, ranks.lead(found.copy), strict=True):
             answer.token_ids.append(token)
             answer.logprobs.append(round(min(logprob, 0.0), 5))
     for answer in answers:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from trainer.errors import ConfigError, RowError
 
-_TEMPLATE = re.compile(r"\{\{\s*([^{}]*?)\s*\}\}")
+_TEMPLATE = re.compile(r"\{\{([^{}]*)\}\}")
 _PATH = re.compile(r"sample\.output_text|sample\.output_json(\.\w+)+|item(\.\w+)+")
 _REFUSED = {
     "python": "a reward function of your own runs with `gateway train grpo --reward FILE.py:FUNCTION`",
@@ -42,6 +42,7 @@ _FUNCTIONS: dict[str, Callable[..., float]] = {
     "min": min, "max": max, "abs": abs, "floor": math.floor, "ceil": math.ceil, "exp": math.exp, "sqrt": math.sqrt,
     "log": math.log,
 }  # fmt: skip
+_OF_SEVERAL = ("min", "max")  # numbers; the others are of one
 
 Item = Mapping[str, Any]
 
@@ -129,7 +130,7 @@ def read(file: Path) -> Grader:
         where = ".".join(str(part) for part in fault["loc"][1:])  # without the type, which is told apart by
         raise ConfigError(f"grader{f'.{where}' if where else ''}: {fault['msg']}") from error
     for template in grader.templates():
-        for path in _TEMPLATE.findall(template):
+        for path in _paths(template):
             if not _PATH.fullmatch(path):
                 raise ConfigError(
                     f"grader: {{{{{path}}}}} is unknown; give sample.output_text, sample.output_json.NAME or item.KEY"
@@ -142,7 +143,7 @@ def read(file: Path) -> Grader:
 def check_item(grader: Grader, item: Item) -> None:
     """Refuse a row that lacks what the grader reads of it. Raises RowError."""
     for template in grader.templates():
-        for path in _TEMPLATE.findall(template):
+        for path in _paths(template):
             if path.startswith("item."):
                 _filled(f"{{{{{path}}}}}", "", item)
 
@@ -161,7 +162,7 @@ def reward(file: Path) -> Callable[..., list[float]]:
 def _refuse(raw: Any) -> None:
     """Say what to do instead of graders that would run code, or another model."""
     kind = raw.get("type") if isinstance(raw, dict) else None
-    if kind in _REFUSED:
+    if isinstance(kind, str) and kind in _REFUSED:
         raise ConfigError(
             f"grader: {kind} is not offered; {_REFUSED[kind]}. Here are string_check, text_similarity and multi"
         )
@@ -170,8 +171,12 @@ def _refuse(raw: Any) -> None:
         _refuse(grader)
 
 
+def _paths(template: str) -> Iterator[str]:
+    return (path.strip() for path in _TEMPLATE.findall(template))
+
+
 def _filled(template: str, answer: str, item: Item) -> str:
-    return _TEMPLATE.sub(lambda match: _looked_up(match[1], answer, item), template)
+    return _TEMPLATE.sub(lambda match: _looked_up(match[1].strip(), answer, item), template)
 
 
 def _looked_up(path: str, answer: str, item: Item) -> str:
@@ -213,7 +218,10 @@ def _check(node: ast.expr, names: Any) -> None:
             _check(right, names)
         case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
             _check(operand, names)
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS and args:
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
+            if not args or (len(args) > 1) is not (name in _OF_SEVERAL):
+                needed = "two numbers or more" if name in _OF_SEVERAL else "one number"
+                raise ConfigError(f"grader.calculate_output: {name} is of {needed}, given {len(args)}")
             for one in args:
                 _check(one, names)
         case _:

@@ -52,8 +52,11 @@ def joined(config: TrainConfig) -> Iterator[None]:
     device = local_device(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with _heard():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        with _heard():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    except ValueError as error:  # WORLD_SIZE alone says nothing of the others
+        raise ConfigError(f"{error}; add --processes N, or start them by torchrun") from error
     yield
     # One that fails leaves at once, so that the others hear of it; those that are done go together.
     wait()

@@ -42,17 +42,20 @@ class Gateway:
     """A gateway, as a trainer uses it. Its methods may be called from several threads."""
 
     def __init__(self, url: str, timeout_s: float, sleep: Callable[[float], None]) -> None:
-        """timeout_s: for one answer, waits for room included."""
+        """timeout_s: for room, and once there is room for the answer."""
         key = os.environ.get("TUNEGATE_API_KEY")
         # Users' requests go first; a rollout takes the room that nobody waits for.
         headers = {"x-priority": "batch"} | ({"authorization": f"Bearer {key}"} if key else {})
+        own = httpx2.URL(url).host in _LOOPBACK
         self._client = httpx2.Client(
             base_url=url.rstrip("/").removesuffix("/v1"),
             timeout=httpx2.Timeout(timeout_s, connect=10),
             headers=headers,
             limits=httpx2.Limits(max_connections=None),
-            # Over the loopback it can be no other, and its certificate is made out for its public name.
-            verify=httpx2.URL(url).host not in _LOOPBACK,
+            # Over the loopback it can be no other, and its certificate is made out for its public name. A proxy of the
+            # environment would look for it on the proxy's machine.
+            verify=not own,
+            trust_env=not own,
         )
         self._url = url
         self._timeout_s = timeout_s

@@ -97,8 +97,8 @@ def _parse(words: Sequence[str]) -> tuple[str, int, Given]:
         environment[match["name"]] = match["value"]
         rest.pop(0)
     processes = environment.get("NPROC_PER_NODE", "1")
-    if not processes.isdecimal():
-        raise ConfigError(f"NPROC_PER_NODE must be a number, given {processes!r}")
+    if not processes.isdecimal() or not int(processes):
+        raise ConfigError(f"NPROC_PER_NODE must be a number from 1, given {processes!r}")
     if rest[:1] == ["swift"]:
         rest.pop(0)
     verb = rest.pop(0) if rest and not rest[0].startswith("--") else "sft"
@@ -132,7 +132,7 @@ def _file(path: Path) -> Given:
     """The arguments in a YAML or JSON file."""
     try:
         found = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} must hold `argument: value` lines")
@@ -313,7 +313,7 @@ def _grpo(command: _Import) -> None:
         values |= {"clip_low": epsilon, "clip_high": epsilon}
     if (high := command.one("epsilon_high")) is not None:
         values["clip_high"] = high
-    weights = [float(word) for word in command.take("reward_weights") or ()]
+    weights = [_value(word) for word in command.take("reward_weights") or ()]
     rewards = command.take("reward_funcs") or []
     if other := [name for name in rewards if name not in _REWARDS]:
         command.missing["reward_funcs"] = f"{', '.join(other)}: write each as a function, `reward: [FILE.py:FUNCTION]`"

@@ -31,7 +31,7 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
         with parquet.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False) as table:
             for batch in table.iter_batches(_BATCH_ROWS, use_threads=False):
                 yield from batch.to_pylist()
-    except (OSError, ArrowException) as error:
+    except (OSError, ValueError, OverflowError, ArrowException) as error:  # texts and times that Python does not have
         raise DataError(f"cannot read {file}: {error}") from error
 
 

@@ -67,7 +67,7 @@ class _Change:
 
 
 def merge(adapter: Path, base: Path, out: Path) -> Merged:
-    """Write `out`, a directory that appears whole or not at all. Blocking. Raises MergeError, OSError."""
+    """Write `out`, a directory that appears whole or not at all. Blocking. Raises MergeError."""
     if out.exists():
         raise MergeError(f"{out} exists; give --out a new directory")
     if is_quantized(base):
@@ -85,10 +85,12 @@ def merge(adapter: Path, base: Path, out: Path) -> Merged:
     except FileNotFoundError as error:
         raise MergeError(f"{error.filename} is not there") from error
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         _write(base, files, weights, changes, partial)
         _publish(partial, out)
+    except OSError as error:
+        raise MergeError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Merged(out, len(changes))

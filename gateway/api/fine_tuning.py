@@ -7,13 +7,13 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Query, Request
 
+from gateway.api import bodies
 from gateway.api.versions import Who
-from gateway.errors import InvalidRequest
+from gateway.errors import InvalidRequest, PayloadTooLarge
 from gateway.tuning import views
 from gateway.tuning.jobs import Jobs
 
 Limit = Annotated[int, Query(ge=1, le=100)]
-_MAX_BODY_BYTES = 1_000_000
 
 
 def routes(jobs: Jobs) -> APIRouter:
@@ -59,13 +59,13 @@ def routes(jobs: Jobs) -> APIRouter:
 
 
 async def read_json(request: Request) -> Any:
-    """The decoded body, of at most a megabyte. Raises InvalidRequest."""
+    """The decoded body. Raises InvalidRequest, PayloadTooLarge."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > _MAX_BODY_BYTES:
+        if len(body) > bodies.MAX_BYTES:  # one that calls itself multipart comes here unread
             request.state.unread_body = True
-            raise InvalidRequest(f"the body is over {_MAX_BODY_BYTES} bytes")
+            raise PayloadTooLarge(f"the body is over {bodies.MAX_BYTES} bytes")
     try:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

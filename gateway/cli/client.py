@@ -14,7 +14,7 @@ class GatewayClient:
     """Calls the gateway's API; every failure becomes a click error with the server's own message."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = {"authorization": f"Bearer {api_key}".encode()} if api_key else {}  # it need not be ASCII
         self._url = url.rstrip("/")
         timeout = httpx2.Timeout(10, read=660, write=660)  # uploads wait until the adapter answers
         # The system's certificates, or those of $SSL_CERT_FILE: for a gateway with a certificate of one's own.
@@ -28,13 +28,16 @@ class GatewayClient:
         try:
             with httpx2.Client(**self._options) as http:
                 response = http.request(method, path, **kwargs)
-        except httpx2.HTTPError as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise click.ClickException(
                 f"no answer from {self._url} ({error}); start it with `gateway serve`, or name it by --url"
             ) from error
         if response.is_error:
             raise click.ClickException(_message(response))
-        return response.json()
+        try:
+            return response.json()
+        except ValueError as error:
+            raise click.ClickException(f"{response.request.url} answered no JSON: --url names no gateway") from error
 
 
 def print_json(answer: Any) -> None:

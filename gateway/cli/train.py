@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import click
+import msgspec
 
 from gateway.adapters.merge import MergeError, merge
 from trainer.cli import train
 
-_MANIFEST = "manifest.json"
+
+class _Run(msgspec.Struct):
+    """Of run.json."""
+
+    model: str
+
+
+class _Base(msgspec.Struct):
+    weight_files: dict[str, str]  # name -> SHA-256
+
+
+class _Manifest(msgspec.Struct):
+    """Of manifest.json."""
+
+    base: _Base
+
+
+_Record = TypeVar("_Record", _Run, _Manifest)
 
 
 @train.command("merge")
@@ -24,23 +41,26 @@ _MANIFEST = "manifest.json"
 def merge_run(run_dir: Path, out: Path, model: Path | None) -> None:
     """Write a finished run's result as a whole checkpoint: its base with the adapter in the weights."""
     try:
-        base = model or Path(_read(run_dir / "run.json")["model"])
+        base = model or Path(_read(run_dir / "run.json", _Run).model)
         adapter = run_dir / "adapter"
-        _check_base(base, _read(adapter / _MANIFEST)["base"]["weight_files"])
+        _check_base(base, _read(adapter / "manifest.json", _Manifest).base.weight_files)
         merged = merge(adapter, base, out)
     except MergeError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{merged.weights} weights changed: {merged.path}")
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, kind: type[_Record]) -> _Record:
+    """What the run wrote down. Raises MergeError."""
     if not file.is_file():
         raise MergeError(
             f"{file} is not there: only a finished run with an adapter can be merged "
             "(the result of --tuning full is a checkpoint already: RUN/model)"
         )
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=kind)
+    except msgspec.MsgspecError as error:
+        raise MergeError(f"{file} is not as a run leaves it: {error}") from error
 
 
 def _check_base(base: Path, trained_on: dict[str, str]) -> None:

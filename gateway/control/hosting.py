@@ -180,21 +180,25 @@ def end_others(run_dir: Path, replica_ids: Collection[str]) -> None:
             engine.stop(_OTHERS_GRACE_S)
 
 
+def gpu_names(visible: str | None, installed: int) -> list[str]:
+    """What CUDA calls this gateway's GPUs, in order. visible: its CUDA_VISIBLE_DEVICES; None: all `installed` ones."""
+    if visible is None:
+        return [str(number) for number in range(installed)]
+    return [name.strip() for name in visible.split(",") if name.strip()]
+
+
 def gpus_of(index: int, replicas: int, spec: EngineSpec, visible: str | None, installed: int) -> dict[str, str]:
     """The environment that gives the replica of this index its GPUs, after those of the replicas before it.
 
     replicas: how many are to serve. Indices beyond what there is begin at the first GPU again: what takes over from
     others runs beside them for a while. visible: CUDA_VISIBLE_DEVICES as it is for the gateway; its order is kept.
-    None: all `installed` ones (0: nobody knows). Raises ConfigError when there are too few for all: an engine would
-    only say that there is no CUDA device.
+    None: all `installed` ones (0: nobody knows, so there are taken to be enough). Raises ConfigError when there are
+    too few for all: an engine would only say that there is no CUDA device.
     """
     count = spec.tensor_parallel * spec.pipeline_parallel
-    if visible is None:
-        names = [str(number) for number in range(installed or (index + 1) * count)]
-    else:
-        names = [name.strip() for name in visible.split(",") if name.strip()]
+    names = gpu_names(visible, installed or replicas * count)
     shares = len(names) // count
-    if shares < (replicas if installed or visible is not None else 1):
+    if shares < replicas:
         where = "this machine" if visible is None else f"CUDA_VISIBLE_DEVICES={visible}"
         raise ConfigError(
             f"--replicas {replicas} needs {replicas * count} GPUs, {where} has {len(names)}; lower --replicas, --tp "

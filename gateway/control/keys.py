@@ -123,9 +123,9 @@ class KeyRing:
             self._publish()
 
     def opens(self, key_id: str, scope: str) -> bool:
-        """Whether a key has a scope. key_id: "" where access is open."""
-        entries = self.published.values()
-        return not key_id or any(entry.id == key_id and scope in entry.scopes for entry in entries)
+        """Whether a key itself has a scope, whatever was lent for it. key_id: "" where access is open."""
+        own = [entry for secret, entry in self.published.items() if secret not in self._lent]
+        return not key_id or any(entry.id == key_id and scope in entry.scopes for entry in own)
 
     def all(self) -> list[dict[str, Any]]:
         """Every stored key as the API shows it, oldest first."""

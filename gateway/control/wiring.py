@@ -24,7 +24,7 @@ from gateway.control import app
 from gateway.control.core import Core, Setup
 from gateway.control.estate import Estate
 from gateway.control.gate import Gate, precision
-from gateway.control.hosting import AttachedHost, Host, LocalHost, Place, gpus_of
+from gateway.control.hosting import AttachedHost, Host, LocalHost, Place, gpu_names, gpus_of
 from gateway.control.publish import Public
 from gateway.control.registry import SPARE
 from gateway.control.running import Notebook, Running
@@ -71,7 +71,7 @@ def build(running: Running, run_dir: Path, main_pid: int, notebook: Notebook | N
         backend=registry.get(config.backend) if spec else None,
         capacity=capacity,
         run_dir=run_dir,
-        hosts=_local_hosts(running.indices, config.replicas, spec, place) if spec else _attached_hosts(config),
+        hosts=_local_hosts(running.indices, config, spec, place) if spec else _attached_hosts(config),
         timings=Timings(
             start_s=float(config.start_timeout_s), stop_grace_s=_STOP_GRACE_S, drain_s=float(config.drain_timeout_s)
         ),
@@ -106,19 +106,19 @@ def _make(place: Place, config: ServeConfig, indices: Sequence[int]) -> tuple[Ba
     backend = registry.get(spec.backend)
     backend.check(spec)
     check_checkpoint(spec)
-    return backend, _local_hosts(indices, config.replicas, spec, place)
+    return backend, _local_hosts(indices, config, spec, place)
 
 
-def _local_hosts(indices: Sequence[int], replicas: int, spec: EngineSpec, place: Place) -> list[tuple[str, Host]]:
-    """Hosts of these replica numbers. replicas: how many there are to be in all."""
+def _local_hosts(indices: Sequence[int], config: ServeConfig, spec: EngineSpec, place: Place) -> list[tuple[str, Host]]:
+    """Hosts of these replica numbers. Raises ConfigError, BackendError."""
     backend = registry.get(spec.backend)
     executable = envs.executable(envs.find(spec.backend, spec.version, spec.device))
-    alone = replicas == 1 and max(indices, default=0) == 0
+    alone = config.replicas == 1 and max(indices, default=0) == 0
     share = spec.device == "cuda" and spec.version != envs.EMULATOR and not alone
+    visible = _engine_gpus(config, spec)
     hosts: list[tuple[str, Host]] = []
     for index in indices:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        env = gpus_of(index, replicas, spec, visible, envs.gpu_count()) if share else {}
+        env = gpus_of(index, config.replicas, spec, visible, envs.gpu_count()) if share else {}
         hosts.append((f"r{index}", LocalHost(f"r{index}", backend, spec, executable, place, env)))
     return hosts
 
@@ -168,15 +168,33 @@ def _training(config: ServeConfig, spec: EngineSpec | None, place: TrainerPlace)
     wait_ms = config.train_pause_wait_ms
     if wait_ms is None:
         wait_ms = _PAUSE_WAIT_MS if spec is not None and on == spec.device and not own else 0
-    if own and spec is not None and spec.device == "cuda":
-        used = config.replicas * spec.tensor_parallel * spec.pipeline_parallel
-        if int(own) < used and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            raise ConfigError(f"--train-device {config.train_device}: replicas use the first {used} GPUs; give another")
     return Training(
-        Trainer(config.trainer_python, config.train_device, place),
+        Trainer(config.trainer_python, device, place, _own_gpu(config, spec)),
         Rule(wait_ms / 1e3) if wait_ms else None,
         _score(config, "--train-score", config.train_score, config.canary_score_timeout_s),
     )
+
+
+def _own_gpu(config: ServeConfig, spec: EngineSpec | None) -> str | None:
+    """What CUDA calls the GPU that jobs have to themselves; None where they have none. Raises ConfigError."""
+    _, _, own = config.train_device.partition(":")
+    if not own:
+        return None
+    if spec is not None and spec.device == "cuda":
+        used = config.replicas * spec.tensor_parallel * spec.pipeline_parallel
+        if int(own) < used:
+            raise ConfigError(f"--train-device {config.train_device}: replicas use the first {used} GPUs; give another")
+    names = gpu_names(os.environ.get("CUDA_VISIBLE_DEVICES"), envs.gpu_count() or int(own) + 1)
+    if int(own) >= len(names):
+        raise ConfigError(f"--train-device {config.train_device}: there are {len(names)} GPUs, counted from 0")
+    return names[int(own)]
+
+
+def _engine_gpus(config: ServeConfig, spec: EngineSpec) -> str | None:
+    """CUDA_VISIBLE_DEVICES for engines to share: without the GPU of jobs. Raises ConfigError."""
+    visible, own = os.environ.get("CUDA_VISIBLE_DEVICES"), _own_gpu(config, spec)
+    names = gpu_names(visible, envs.gpu_count())
+    return ",".join(name for name in names if name != own) if own in names else visible
 
 
 def _own_url(config: ServeConfig) -> str:

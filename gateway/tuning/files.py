@@ -50,7 +50,7 @@ class Files:
 
     async def check_room(self, key_id: str, size_bytes: int) -> None:
         """Refuse what would go beyond what a key may keep here. Raises QuotaExceeded."""
-        files = await asyncio.to_thread(self._objects.all, File)
+        files = await self.delete_expired()  # the runner does not come to it while a job trains
         kept_bytes = sum(file.size_bytes for file in files if file.key_id == key_id)
         if kept_bytes + size_bytes > self._limit_bytes:
             whose = f"the key {key_id} keeps" if key_id else "there are"
@@ -95,11 +95,13 @@ class Files:
         await self.get(id)
         await asyncio.to_thread(self._delete, id)
 
-    async def delete_expired(self) -> None:
-        """Forget the files whose time is over."""
-        for file in await asyncio.to_thread(self._objects.all, File):
-            if _expired(file):
-                await asyncio.to_thread(self._delete, file.id)
+    async def delete_expired(self) -> list[File]:
+        """Forget the files whose time is over; those that are left."""
+        files = await asyncio.to_thread(self._objects.all, File)
+        over = {file.id for file in files if _expired(file)}
+        for id in over:
+            await asyncio.to_thread(self._delete, id)
+        return [file for file in files if file.id not in over]
 
     def _add(self, staged: Path, filename: str, purpose: str, key_id: str, expires_after_s: int | None) -> File:
         now = int(time.time())

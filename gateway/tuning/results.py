@@ -91,6 +91,7 @@ class Results:
                 fine_tuned_model=job.name,
                 finished_at=int(time.time()),
                 estimated_finish=None,
+                held=False,  # it may have been at its end when it was to yield
                 trained_tokens=int(figures["tokens"]),
                 result_files=(results.id,),
                 checkpoints=(*(one for one in now.checkpoints if one.step != step), last),
@@ -138,6 +139,8 @@ class Results:
             return []
         service = self._jobs.service
         try:
+            if weight is not None:
+                service.versions.adapter(name)  # one made anew would have nothing to be compared with
             version, _ = await self._take_in(job, name, result(self._jobs.run_dir(job)), points=weight is None)
             shown = await service.settle(version, False, _READY_S)
             if weight is None:

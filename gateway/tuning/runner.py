@@ -55,7 +55,7 @@ class Runner:
     async def open(self) -> None:
         """Let trainers that an earlier control left go on calling the gateway. Before relays are told of any keys."""
         for job in await self._jobs.unfinished():
-            if job.pass_digest:
+            if job.pass_digest and await asyncio.to_thread(self._jobs.trainer.adopt, job.id) is not None:
                 self._jobs.service.core.keys.lend_again(job.pass_digest, job.key_id, _OPENS)
 
     async def run(self) -> None:
@@ -133,6 +133,7 @@ class Runner:
         """Start the job's process."""
         jobs = self._jobs
         if result(jobs.run_dir(job)).exists():  # it was done while nobody looked
+            await self._forget_trial(job)
             await self._results.publish(await self._follow(job))
             return
         config = jobs.folder(job) / "job.yaml"

@@ -46,11 +46,14 @@ class Place:
 class Trainer:
     """Checks data and trains, in the environment of one Python."""
 
-    def __init__(self, python: Path | None, device: str, place: Place) -> None:
-        """python: with torch and the trainer; None: the one that runs the gateway. device: auto, cpu, cuda, cuda:N."""
+    def __init__(self, python: Path | None, device: str, place: Place, gpu: str | None = None) -> None:
+        """python: with torch and the trainer; None: the one that runs the gateway. device: auto, cpu or cuda.
+
+        gpu: the one that is seen, as CUDA_VISIBLE_DEVICES has it; None: those that the gateway sees.
+        """
         self._python = str(python.absolute() if python else Path(sys.executable))
-        self.device, _, own = device.partition(":")
-        self._own_device = {"CUDA_VISIBLE_DEVICES": own} if own else {}
+        self.device = device
+        self._own_device = {"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}
         self._place = place
         self._proven = False
 
@@ -80,11 +83,12 @@ class Trainer:
         good = _GOOD.search(done.stdout)
         if done.returncode == 0 and good:
             return int(good[1])
+        of_grader = done.stderr.lstrip().startswith("Error: grader")  # looked at before clients' own names stand there
         said = done.stderr.replace(f"{file.name} line", f"{filename} line").replace(str(file), filename).strip()
         if not said.startswith("Error: "):  # a traceback names the server's paths
             _log.error("check-data ended with status %d: %s", done.returncode, done.stderr)
             said = f"the trainer could not check {filename}; the gateway's log says why"
-        if said.startswith("Error: grader"):
+        if of_grader:
             own = "method.reinforcement.grader"
             raise InvalidRequest(said.removeprefix("Error: "), param=own, code="invalid_grader")
         raise InvalidRequest(said.removeprefix("Error: "), param=param, code="invalid_training_file")

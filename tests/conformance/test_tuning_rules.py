@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -138,21 +139,27 @@ def test_a_key_keeps_so_much(client: openai.OpenAI, target: Target) -> None:
 def test_serving_comes_first(client: openai.OpenAI, target: Target) -> None:
     """Requests that queue pause the job; it goes on by itself when they are gone."""
     target.script(ttft_ms=500)
-    job = create(client, target, rows(16), hyperparameters={"n_epochs": 50, "batch_size": 1})
+    job = create(client, target, rows(60), hyperparameters={"n_epochs": 50, "batch_size": 1})
     eventually(lambda: under_way(client, job.id), 20)
     question: Any = [{"role": "user", "content": "hello"}]
+    seen = threading.Event()
 
     def ask(_: int) -> None:
-        client.chat.completions.create(model=target.model, messages=question, max_tokens=2)
+        while not seen.is_set():
+            client.chat.completions.create(model=target.model, messages=question, max_tokens=2)
 
     def status() -> str:
         return str(client.fine_tuning.jobs.retrieve(job.id).status)
 
-    with ThreadPoolExecutor(6) as pool:
-        asked = pool.map(ask, range(6))
-        eventually(lambda: status() == "paused", 20)
-        assert client.fine_tuning.jobs.retrieve(job.id).tunegate == {"paused_for": "serving"}  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(4) as pool:
+        asked = pool.map(ask, range(4))
+        try:
+            eventually(lambda: status() == "paused", 30)
+            paused: Any = client.fine_tuning.jobs.retrieve(job.id)
+        finally:
+            seen.set()
         list(asked)
+    assert paused.tunegate == {"paused_for": "serving"}
     target.script()
     eventually(lambda: status() == "running", 30)
     eventually(lambda: any("Training goes on after" in said for said in messages(client, job.id)), 20)

@@ -52,6 +52,8 @@ def test_versions_by_command_line(served: Gateway, tmp_path: Path) -> None:
     assert "pointed nowhere else before" in cli("rollback", "tuned", status=1)
     assert "points to v2" in cli("promote", "tuned")
     assert "'tuned' points to tuned@v2" in cli("rollback", "tuned", "--expect", "1", status=1)
+    moved = cli("canary", "tuned@v1", "--weight", "5", "--expect", "1", status=1)
+    assert moved == cli("promote", "tuned@v1", "--expect", "1", status=1)
     assert "points to v1" in cli("promote", "tuned@v1", "--expect", "2")
     assert "contradict" in cli("promote", "tuned@v1", "--version", "2", status=1)
     assert "tuned@v2" in cli("list") + cli("show", "tuned@v2")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from gateway.control.residency import Held, Rules, Seat, Want, decide
 from tests.proofs.swaps import quantile
 
-_LOOK_EVERY_S = 0.1  # of control, while requests wait
+_LOOK_EVERY_S = 0.05  # of control, while requests wait
 _HALF_LIFE_S = 30.0  # of rates (control.demand)
 _REPLICA = "r0"
 

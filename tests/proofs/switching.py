@@ -41,7 +41,6 @@ class Asked:
     """One request, as its client saw it. Times are monotonic seconds."""
 
     sent_s: float
-    first_s: float
     end_s: float
     status: int
     text: str
@@ -64,13 +63,11 @@ async def ask(http: httpx2.AsyncClient, model: str, prompt: str, tokens: int, st
     """One greedy chat request."""
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
     body |= {"max_tokens": tokens, "stream": stream}
-    sent_s, first_s, lines, status, fault = time.monotonic(), 0.0, [], 0, ""
+    sent_s, lines, status, fault = time.monotonic(), [], 0, ""
     try:
         async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
             status = answer.status_code
-            async for line in answer.aiter_lines():
-                first_s = first_s or time.monotonic()
-                lines.append(line)
+            lines = [line async for line in answer.aiter_lines()]
             if status != 200:
                 fault = "".join(lines)[:300]
                 if status == 503 and "retry-after" not in answer.headers:
@@ -83,7 +80,7 @@ async def ask(http: httpx2.AsyncClient, model: str, prompt: str, tokens: int, st
             text = _text(lines, stream)
         except (ValueError, KeyError) as error:
             fault = f"{error!r} in {lines[-2:]}"
-    return Asked(sent_s, first_s, time.monotonic(), status, text, model, prompt, fault)
+    return Asked(sent_s, time.monotonic(), status, text, model, prompt, fault)
 
 
 def _text(lines: list[str], stream: bool) -> str:

@@ -11,7 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from quant.calib import calibration_tokens, cut, read_records  # noqa: E402
-from quant.errors import BadCalibration  # noqa: E402
+from quant.errors import BadCalibration, BadCheckpoint  # noqa: E402
+from quant.evaluate import evaluation_tokens  # noqa: E402
 
 
 def test_bundled_texts_are_enough_and_reproducible(model_of: Callable[[str], Path]) -> None:
@@ -48,13 +49,28 @@ def test_sequences_are_equal_disjoint_and_whole() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{broken\n", "line 1 is not JSON"),
-        ('{"prompt": "x"}\n', "line 1: expected"),
-        ('{"text": 5}\n', "line 1: expected"),
-        ("\n", "holds 0 tokens"),
+        (b"{broken\n", "line 1 is not JSON"),
+        (b"\n\xff\xfe\n", "line 2 is not JSON"),
+        (b'{"prompt": "x"}\n', "line 1: expected"),
+        (b'{"text": 5}\n', "line 1: expected"),
+        (b'{"messages": 5}\n', "does not go through the model's chat template .*: 5"),
+        (b'{"messages": []}\n', "does not go through the model's chat template"),
+        (b"\n", "holds 0 tokens"),
     ],
 )
-def test_unusable_files_say_where(content: str, message: str, model_of: Callable[[str], Path], tmp_path: Path) -> None:
-    (tmp_path / "c.jsonl").write_text(content)
+def test_unusable_files_say_where(
+    content: bytes, message: str, model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "c.jsonl").write_bytes(content)
     with pytest.raises(BadCalibration, match=message):
         calibration_tokens(model_of("llama"), tmp_path / "c.jsonl", 4, 8, seed=0)
+
+
+def test_texts_to_evaluate_on_need_a_tokenizer_and_words(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"words")
+    with pytest.raises(BadCheckpoint, match="holds no tokenizer"):
+        evaluation_tokens(tmp_path, text, 1, 8)
+    text.write_bytes(b"\xff\xfe")
+    with pytest.raises(BadCalibration, match="is not plain text"):
+        evaluation_tokens(model_of("llama"), text, 1, 8)

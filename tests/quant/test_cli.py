@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 
 from quant.cli import quantize
@@ -72,6 +73,35 @@ def test_failures_are_one_line(model_of: Callable[[str], Path], tmp_path: Path) 
     assert "is not quantized" in plain.output
     existing = call("--model", model_of("llama"), "--out", tmp_path)
     assert "exists already" in existing.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--device", "gpu"), "'gpu' is no device"),
+        (("--device", "cuda:99"), "there is no cuda:99"),
+        (("--skip", "["), "'[' is no regular expression"),
+        (("--model", "/no/where"), "/no/where is no directory"),
+        (("--model", "/nowhere"), "/nowhere is no directory"),
+    ],
+)
+def test_flags_that_cannot_be_meant(
+    flags: tuple[str, str], said: str, model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    refused = call("--model", model_of("llama"), "--out", tmp_path / "out", *flags)
+    assert refused.exit_code in (1, 2)
+    assert f"Error: {said}" in refused.output or f"Error: skip: {said}" in refused.output
+
+
+def test_processes_that_were_not_started_together(
+    model_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = call("--model", model_of("llama"), "--out", tmp_path / "out", "--device", "cpu")
+    assert refused.exit_code == 1
+    assert "WORLD_SIZE says 2 processes, but RANK, MASTER_ADDR, MASTER_PORT is not set" in refused.output
 
 
 def test_kill_9_in_the_middle_then_the_same_command_again(model_of: Callable[[str], Path], tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
-from quant.checkpoint import Checkpoint
-from tests.proofs.quant_peers.__main__ import cut_model, table
-from tests.proofs.quant_peers.measure import run
+from quant.checkpoint import Checkpoint  # noqa: E402
+from quant.errors import BadCheckpoint  # noqa: E402
+from quant.evaluate import evaluate  # noqa: E402
+from tests.proofs.cost import run  # noqa: E402
+from tests.proofs.quant_peers.__main__ import cut_model, table  # noqa: E402
 
 
 def test_a_run_counts_what_its_children_use(tmp_path: Path) -> None:
@@ -23,7 +25,9 @@ def test_a_run_counts_what_its_children_use(tmp_path: Path) -> None:
     assert cost.exit_code == 3
     assert (tmp_path / "log").read_text() == "done\n"
     assert 0.2 <= cost.cpu_s <= 2 * cost.wall_s + 1
-    assert cost.peak_bytes > 60_000_000
+    assert 60_000_000 < cost.peak_bytes < 150_000_000  # of the child, not of this process, which holds torch
+    with pytest.raises(OSError, match="cannot be started"):
+        run(["/nowhere/tool"], tmp_path / "log", {})
 
 
 def test_a_cut_model_keeps_its_first_layers(model_of: Callable[[str], Path], tmp_path: Path) -> None:
@@ -32,6 +36,8 @@ def test_a_cut_model_keeps_its_first_layers(model_of: Callable[[str], Path], tmp
     assert set(whole.entries) - set(cut.entries) == {name for name in whole.entries if ".layers.1." in name}
     assert set(cut.entries) < set(whole.entries)
     assert cut.config["num_hidden_layers"] == 1
+    with pytest.raises(BadCheckpoint, match=r"cut \(1 layers, .* was not made from .* \(2 layers"):
+        evaluate(whole.directory, cut.directory, torch.zeros(1, 4, dtype=torch.int64), torch.device("cpu"))
 
 
 def test_what_failed_is_told_in_the_table() -> None:

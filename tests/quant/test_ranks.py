@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from torch.distributed import TCPStore  # noqa: E402
 
 from quant.checkpoint import Checkpoint, take_packed  # noqa: E402
 from quant.cli import quantize  # noqa: E402
@@ -81,11 +82,10 @@ def options_for(model: Path, method: Any) -> QuantOptions:
 
 def in_two_processes(do: Callable[..., None], *arguments: object) -> list[int | None]:
     """Exit statuses. The processes are forks: their imports would take longer than all they do."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # Held here, as torchrun holds it: a port that is free now may be taken when a process would listen there.
+    meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_as_rank, args=(rank, port, do, *arguments)) for rank in range(2)]
+    processes = [context.Process(target=_as_rank, args=(rank, meeting.port, do, *arguments)) for rank in range(2)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: torch has one here
         for process in processes:
@@ -101,6 +101,7 @@ def _as_rank(rank: int, port: int, do: Callable[..., None], *arguments: object) 
     """As torchrun would start it."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     do(rank, *arguments)
 
 

@@ -209,6 +209,24 @@ def test_a_finished_shard_that_was_damaged_since_is_named(model_of: Callable[[st
     assert not out.exists()
 
 
+def test_a_kill_before_the_last_rename_leaves_no_trace_in_the_manifest(
+    model_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(directory: Path) -> None:
+        raise Killed
+
+    options, out = options_for(model_of("llama")), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(workspace_module, "sync_directory", kill)
+        job(options, out)
+    assert (tmp_path / "out.partial" / "manifest.json").is_file()
+    job(options, out)
+    described = json.loads((out / "manifest.json").read_text())["files"]
+    assert described.keys() == {file.name for file in out.iterdir()} - {"manifest.json"}
+    for name, found in described.items():
+        assert found["sha256"] == workspace_module.sync_and_hash(out / name)
+
+
 def test_an_existing_output_is_never_overwritten(model_of: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(JobConflict, match="exists already"):
         job(options_for(model_of("llama")), tmp_path)

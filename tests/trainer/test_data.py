@@ -176,6 +176,16 @@ def test_check_data_from_the_command_line(tmp_path: Path) -> None:
     assert refused.exit_code == 1 and "d.jsonl line 1: no known format" in refused.output
 
 
+def test_check_data_gives_a_grader_what_a_run_gives_it(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "p", "answer": "a"}])
+    grader = {"type": "string_check", "name": "g", "input": "{{sample.output_text}}", "operation": "eq"}
+    command = ["check-data", str(file), "--method", "grpo", "--grader", str(tmp_path / "grader.json")]
+    for key, code, words in (("answer", 0, "1 good examples"), ("prompt", 1, "`prompt` is missing")):
+        (tmp_path / "grader.json").write_text(json.dumps(grader | {"reference": f"{{{{item.{key}}}}}"}))
+        done = CliRunner().invoke(cli.train, command)
+        assert done.exit_code == code and words in done.output
+
+
 @pytest.mark.parametrize(
     ("method", "row"),
     [

@@ -17,10 +17,12 @@ STAND_IN = """#!{python} -IS
 import os, signal, sys, time
 rank, folder = int(os.environ["RANK"]), {folder!r}
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-open(os.path.join(folder, str(rank)), "w").write(" ".join([*sys.argv[1:], os.environ["WORLD_SIZE"], str(os.getpid())]))
+said = " ".join([*sys.argv[1:], os.environ["WORLD_SIZE"], str(os.getpid())])
+open(os.path.join(folder, str(rank) + ".partial"), "w").write(said)
+os.rename(os.path.join(folder, str(rank) + ".partial"), os.path.join(folder, str(rank)))
 {code}
 """
-WAIT = "while True: signal.pause()"
+WAIT = "while True: time.sleep(0.05)"
 
 
 @pytest.fixture
@@ -65,7 +67,9 @@ def test_a_signal_pauses_all(started: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_one_that_dies_ends_the_others(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(started, monkeypatch, f"if rank: os.kill(os.getpid(), signal.SIGKILL)\n{WAIT}")
+    # Only once the other runs: it gets no more than the time of grace.
+    waiting = "while rank and not os.path.exists(os.path.join(folder, '0')): time.sleep(0.01)"
+    stand_in(started, monkeypatch, f"{waiting}\nif rank: os.kill(os.getpid(), signal.SIGKILL)\n{WAIT}")
     assert launch.launch(2, ["sft"]) == 1
     with pytest.raises(ProcessLookupError):
         os.kill(int((started / "0").read_text().split()[-1]), 0)

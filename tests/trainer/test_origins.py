@@ -86,6 +86,18 @@ def test_a_bad_row_of_parquet_is_named_by_number(tmp_path: Path) -> None:
         read(tmp_path / "torn.parquet")
 
 
+def test_values_that_python_does_not_have_are_said_with_their_file(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    from pyarrow import parquet
+
+    torn = [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]  # a text that is no UTF-8
+    odd = [pyarrow.Array.from_buffers(pyarrow.string(), 1, torn), pyarrow.array([2**62], pyarrow.timestamp("us"))]
+    for number, column in enumerate(odd):
+        parquet.write_table(pyarrow.table({"query": column}), tmp_path / f"{number}.parquet")
+        with pytest.raises(DataError, match=rf"cannot read .*{number}\.parquet"):
+            read(tmp_path / f"{number}.parquet")
+
+
 def test_keys_that_arrow_fills_in_are_not_there(tmp_path: Path) -> None:
     """Of two tool calls with different arguments, each would get the other's as null."""
     pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")

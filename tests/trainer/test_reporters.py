@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,10 @@ def test_wandb_keeps_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyP
     tell(asking(tmp_path, "wandb"), "started", [1, 2])
     (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     assert kept.stem == f"run-{(tmp_path / 'run' / 'wandb-id').read_text()}"
-    assert b"train/loss" in kept.read_bytes() and b"eval/loss" in kept.read_bytes()
+    deadline_s = time.monotonic() + 30  # the package's own service writes the file, in its own time
+    while not (b"train/loss" in kept.read_bytes() and b"eval/loss" in kept.read_bytes()):
+        assert time.monotonic() < deadline_s, kept.read_bytes()
+        time.sleep(0.05)
 
 
 def test_a_run_tells_its_reporters(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

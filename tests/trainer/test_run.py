@@ -18,10 +18,12 @@ from click.testing import CliRunner  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from tests.trainer.models import chat_rows, preference_rows, write_jsonl  # noqa: E402
+from tests.trainer.test_numerics import make_learner  # noqa: E402
 from trainer import assemble, cli, config, run  # noqa: E402
 from trainer import checkpoint as checkpoints  # noqa: E402
 from trainer.errors import DataError, DivergedError, ModelError, RunError  # noqa: E402
 from trainer.events import curve, read_events  # noqa: E402
+from trainer.export import export  # noqa: E402
 from trainer.learner import Learner  # noqa: E402
 from trainer.loop import Ending  # noqa: E402
 
@@ -360,3 +362,24 @@ def _flags(settings: dict[str, Any]) -> list[str]:
         for item in value if isinstance(value, list) else [value]:
             flags += ["--" + name.replace("_", "-"), os.fspath(item) if isinstance(item, Path) else str(item)]
     return flags
+
+
+def test_a_result_is_on_the_disk_before_it_has_its_name(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, written = tmp_path / "adapter", set()
+
+    def fsync(descriptor: int) -> None:
+        if not directory.exists():
+            written.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    export(make_learner(checkpoint), directory, {})
+    assert {file.name for file in directory.iterdir()} < written
+
+
+def test_a_directory_that_cannot_be_made_is_said_in_a_message(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    given = ["--model", settings["model"], "--dataset", str(settings["dataset"][0]), "--device", "cpu"]
+    done = CliRunner().invoke(cli.train, ["sft", *given, "--output-dir", str(tmp_path / "file" / "run")])
+    assert done.exit_code == 1 and "Not a directory" in done.output

@@ -175,6 +175,8 @@ def test_what_has_no_counterpart_is_named_unless_it_is_off() -> None:
         ("sft missing.yaml", "cannot read missing.yaml"),
         ("sft --model m --dataset d --per_device_train_batch_size $(nproc)", "must be a number, given '\\$"),
         ("NPROC_PER_NODE=$n swift sft --model m", "NPROC_PER_NODE must be a number"),
+        ("NPROC_PER_NODE=0 swift sft --model m --dataset d", "NPROC_PER_NODE must be a number from 1"),
+        ("rlhf --rlhf_type grpo --model m --dataset d --reward_funcs format --reward_weights x", "reward_weight"),
     ],
 )
 def test_what_cannot_be_taken_is_refused(command: str, message: str) -> None:
@@ -187,6 +189,12 @@ def test_its_own_yaml_file_is_read_under_the_flags(tmp_path: Path) -> None:
     file.write_text("model: m\ndataset: [a.jsonl, b.jsonl]\nlora_rank: 4\nENV: {MAX_PIXELS: '1'}\n")
     values = imported(f"swift sft {file} --lora_rank 32")
     assert (values["lora_rank"], values["dataset"]) == (32, ["a.jsonl", "b.jsonl"])
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "args").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot read"):
+        import_command(["sft", str(tmp_path / "args")])
 
 
 def test_the_tables_agree_with_the_configuration() -> None:

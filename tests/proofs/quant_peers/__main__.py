@@ -29,8 +29,9 @@ from quant.choice import group_size_for
 from quant.cli import find_model
 from quant.evaluate import evaluate_all, evaluation_tokens
 from quant.headers import read_json
-from tests.proofs.quant_peers.measure import run
-from tests.proofs.quant_peers.tools import ENVIRONMENTS, PEERS, TOOLS, NotHere, Tool, command, install, versions
+from tests.proofs.cost import run
+from tests.proofs.environments import NotHere, versions
+from tests.proofs.quant_peers.tools import TOOLS, Tool, command, python_of
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
         model = cut_model(model, given.layers, given.out / "cut")
     rows = quantize_all(given, model, [tool for tool in TOOLS if not given.tools or tool.name in given.tools])
     judge(given, model, rows)
-    figures = {"machine": machine(), "versions": all_versions(), "threads": given.threads, "rows": rows}
+    figures = {"machine": machine(), "versions": all_versions(rows), "threads": given.threads, "rows": rows}
     figures |= {"calibration": [given.samples, given.tokens], "layers": given.layers}
     (given.out / "figures.json").write_text(json.dumps(figures, indent=1))
     print(json.dumps({key: value for key, value in figures.items() if key != "rows"}, indent=1))
@@ -78,13 +79,11 @@ def quantize_all(given: argparse.Namespace, model: Path, tools: list[Tool]) -> l
         rows.append(row)
         out = given.out / tool.name
         try:
-            if tool.peer:
-                install(tool.peer)
+            asked = command(tool, model, out, tokens_file, given.samples, given.tokens, group_size)
         except NotHere as error:
             row["failed"] = str(error)
             continue
         log = given.out / f"{tool.name}.log"
-        asked = command(tool, model, out, tokens_file, given.samples, given.tokens, group_size)
         cost = run(asked, log, environment)
         row |= {"wall_s": round(cost.wall_s, 1), "cpu_s": round(cost.cpu_s, 1), "peak_gb": cost.peak_bytes / 1e9}
         if cost.exit_code:
@@ -152,14 +151,12 @@ def machine() -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, load {load}, {now}"
 
 
-def all_versions() -> dict[str, dict[str, str]]:
+def all_versions(rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """Of what ran, by environment."""
+    ran = {row["tool"] for row in rows if "failed" not in row}
+    peers = dict.fromkeys(tool.peer for tool in TOOLS if tool.name in ran and tool.peer)
     found = {"ours": versions(sys.executable, ["torch", "transformers"])}
-    for peer in PEERS:
-        python = ENVIRONMENTS / peer / "bin/python"
-        if python.exists():
-            found[peer] = versions(python, [peer, "torch", "transformers"])
-    return found
+    return found | {peer: versions(python_of(peer), [peer, "torch", "transformers"]) for peer in peers}
 
 
 if __name__ == "__main__":

@@ -1,31 +1,21 @@
-"""What is compared: this quantizer, and two others, each in an environment that this module makes where there is none.
-
-The others' environments are kept in a cache folder of the user's, never in the project's own. Installing goes through
-pip, so that its configuration (mirrors, folders of wheels such as torch's for CPUs) counts.
-"""
+"""What is compared: this quantizer, and two others, each in an environment of its own."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ENVIRONMENTS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tunegate-quant-peers"
+from tests.proofs.environments import environment
+
 _HERE = Path(__file__).parent
 _COMMON = ("torch==2.13.0", "transformers==5.17.0", "accelerate==1.15.0", "datasets==4.8.4")
 PEERS: dict[str, tuple[str, ...]] = {
     "gptqmodel": ("gptqmodel==7.3.6", *_COMMON),
     "llmcompressor": ("llmcompressor==0.14.0.1", *_COMMON),
 }
-
-
-class NotHere(Exception):
-    """A peer cannot be installed on this machine; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,10 @@ TOOLS = (
 def command(
     tool: Tool, model: Path, out: Path, tokens_file: Path, samples: int, length_tokens: int, group_size: int
 ) -> list[str]:
-    """The command that quantizes `model` into `out`. tokens_file: rows of ids, for those that cannot draw them."""
+    """The command that quantizes `model` into `out`. tokens_file: rows of ids, for those that cannot draw them.
+
+    Raises NotHere.
+    """
     if tool.peer is None:
         return [
             sys.executable, "-m", "quant", "--method", tool.settings["method"], "--format", tool.settings["format"],
@@ -69,28 +62,9 @@ def command(
         ]  # fmt: skip
     job = {"model": str(model), "out": str(out), "tokens": str(tokens_file), "group_size": group_size, **tool.settings}
     program = _HERE / f"run_{tool.peer}.py"
-    return [str(ENVIRONMENTS / tool.peer / "bin/python"), str(program), json.dumps(job)]
+    return [str(python_of(tool.peer)), str(program), json.dumps(job)]
 
 
-def install(peer: str) -> None:
-    """Make sure that a peer's environment is there, with the pinned versions. Raises NotHere."""
-    home = ENVIRONMENTS / peer
-    wanted = "\n".join(PEERS[peer])
-    mark = home / "installed"
-    if mark.is_file() and mark.read_text() == wanted:
-        return
-    steps = (
-        [sys.executable, "-m", "venv", "--clear", str(home)],
-        [str(home / "bin/python"), "-m", "pip", "install", "--quiet", *PEERS[peer]],
-    )
-    if any(subprocess.run(step).returncode for step in steps):
-        raise NotHere(f"{PEERS[peer][0]} could not be installed in {home}")
-    mark.write_text(wanted)
-
-
-def versions(python: Path | str, packages: Sequence[str]) -> dict[str, str]:
-    """Versions of installed distributions, as an environment's own Python sees them."""
-    code = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {list(packages)!r}}}))"
-    answer = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
-    found: dict[str, str] = json.loads(answer.stdout)
-    return found
+def python_of(peer: str) -> Path:
+    """The Python of a peer's environment, which is made where there is none. Raises NotHere."""
+    return environment(f"tunegate-quant-peers/{peer}", PEERS[peer]) / "bin/python"

@@ -66,7 +66,7 @@ class Figures:
     def served(self, target: str, mode: str) -> list[Run]:
         """A run for each round; none where the target does not serve such requests."""
         runs = self.runs.get((target, mode), [])
-        return runs if all(2 * run.bad < run.requests for run in runs) else []
+        return runs if all(run.per_s and 2 * run.bad < run.requests for run in runs) else []
 
     def each_cpu_us(self, target: str, mode: str) -> list[float]:
         """CPU a request in each round, in their order."""

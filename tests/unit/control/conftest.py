@@ -33,7 +33,7 @@ from tests.support.fake_engine import FakeHost, Script
 from tests.support.peft_files import TINY, Adapter, write_adapter
 
 FAST = Timings(
-    start_s=2.0,
+    start_s=20.0,
     stop_grace_s=0.1,
     poll_s=0.005,
     health_every_s=0.02,
@@ -45,7 +45,7 @@ FAST = Timings(
     resync_s=0.2,
     retry_s=0.05,
     last_retry_s=0.2,
-    verify_s=5.0,
+    verify_s=20.0,
     relays_s=0.2,
     adopt_s=0.2,
     drain_s=0.05,
@@ -95,7 +95,7 @@ class World:
             score=ScoreCommand(score, "http://gateway", 5.0) if score else None,
         )
         self.core = Core(setup, self.store, storage)
-        self.config = ServeConfig(backend=backend, replicas=replicas, start_timeout_s=5, drain_timeout_s=5)
+        self.config = ServeConfig(backend=backend, replicas=replicas, start_timeout_s=20, drain_timeout_s=20)
         self.estate = Estate(self.core, self._make, Running.of(self.config), None)
         self.next_script = Script()  # of the replicas that are started later
         policy = Policy("base", self.base_path, slots=4, max_rank=16, max_upload_bytes=1_000_000)
@@ -126,7 +126,7 @@ class World:
         folder = self.tmp_path / f"adapter-{seed}"
         return files_of(write_adapter(folder, TINY, Adapter(seed=seed, config=config)))
 
-    async def upload(self, name: str, seed: int = 0, wait_s: float = 5.0) -> tuple[dict[str, Any], bool]:
+    async def upload(self, name: str, seed: int = 0, wait_s: float = 20.0) -> tuple[dict[str, Any], bool]:
         with self.service.storage.staging() as work:
             parts = []
             for file, contents in self.files(seed):

@@ -59,3 +59,14 @@ def test_a_row_with_requests_in_flight_is_kept() -> None:
     cells.values[cells.rows.cell("r0", "a-1")] = 1
     cells.rows.release("r0", ())
     assert cells.rows.cell("r0", "a-2") != cells.rows.cell("r0", "a-1")
+
+
+def test_one_is_asked_for_from_its_first_request_on() -> None:
+    cells = Cells()
+    cells.ask("a-1", 0)
+    cells.demand.look(1.0)
+    assert not cells.demand.use("r0", "a-1", 1.0).asked
+    cells.ask("a-1", 1)
+    cells.demand.look(2.0)
+    cells.demand.look(3.0)
+    assert cells.demand.use("r0", "a-1", 3.0).asked

@@ -126,6 +126,8 @@ def test_what_takes_over_shares_the_gpus_of_what_it_takes_over_from() -> None:
 
 def test_gpus_that_nobody_counted_are_handed_out_all_the_same() -> None:
     assert gpus_of(1, 2, SPEC, None, 0) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    # What takes over from the only one: there may be no more GPUs than it has.
+    assert gpus_of(1, 1, SPEC, None, 0) == {"CUDA_VISIBLE_DEVICES": "0,1"}
 
 
 @pytest.fixture

@@ -339,3 +339,11 @@ async def test_what_is_lent_for_less_opens_less(ring: Ring) -> None:
     assert ring.entry(part) is not None
     assert ring.keys.opens(shown["id"], "admin") and ring.keys.opens("", "admin")
     assert not ring.keys.opens("key-gone", "infer")
+
+
+async def test_what_is_lent_gives_the_key_itself_no_more(ring: Ring) -> None:
+    """A job's trainer may use adapters; the key that ordered the job may not, while it runs either."""
+    await ring.keys.create("ops", ADMIN_TERMS)
+    shown, _ = await ring.keys.create("trains", Terms(("train",)))
+    ring.keys.lend(shown["id"], frozenset({"infer", "adapters"}))
+    assert ring.keys.opens(shown["id"], "train") and not ring.keys.opens(shown["id"], "adapters")

@@ -142,7 +142,7 @@ async def test_wait_until_all_relays_route_by_it(publisher: Publisher, tmp_path:
     assert await publisher.wait_applied(1, 0.1)  # no relay: nobody to wait for
     relays = [await connect(tmp_path), await connect(tmp_path)]
     await until(lambda: len(publisher._links) == 2)
-    waiting = asyncio.create_task(publisher.wait_applied(1, 5))
+    waiting = asyncio.create_task(publisher.wait_applied(1, 20))
     relays[0].say(1, index=0)
     await until(lambda: repr(publisher) == "<Publisher v1: 0@1>")
     assert not waiting.done()
@@ -151,7 +151,7 @@ async def test_wait_until_all_relays_route_by_it(publisher: Publisher, tmp_path:
     assert not await publisher.wait_applied(2, 0.01)
     relays[0].say(2)
     relays[1].writer.close()  # a relay that is gone routes nothing
-    assert await publisher.wait_applied(2, 5)
+    assert await publisher.wait_applied(2, 20)
     relays[0].writer.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -133,6 +134,22 @@ async def test_what_is_in_flight_is_never_unloaded(start: Start) -> None:
         cells.values[model.rows["r0"]] -= 1
         await asking.loaded(third)
         await until(lambda: busy not in world.hosts[0].engine.adapters)
+        cells.close()
+
+
+async def test_requests_since_the_last_look_count_for_what_is_gone_by_then(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with start(capacity=2, script=eager) as world, relay(world) as asking:
+        first, *_ = await uploaded(world, 3)
+        model = await asking.loaded(first)
+        cells, residents = Cells(world.run_dir / "relay-0.cells"), world.core.residents
+        residents._decide(time.monotonic())
+        served = residents.demand.served
+        cells.values[model.rows["r0"] + 1] += 4
+        monkeypatch.setattr(world.replicas[0], "_adapters", {})
+        residents._decide(time.monotonic())
+        assert residents.demand.served == served + 4
         cells.close()
 
 

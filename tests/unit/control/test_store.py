@@ -264,6 +264,18 @@ def test_a_decision_on_what_has_changed_is_refused(store: Store) -> None:
         store.set_canary("one", Canary(9, 5.0, Policy(), "", 0))
 
 
+def test_of_two_who_would_move_a_name_from_where_it_points_the_second_is_refused(store: Store) -> None:
+    """Both versions have yet to be loaded."""
+    store.add_version("one", new("1"))
+    second = store.add_version("one", new("2")).newest
+    seen = store.add_version("one", new("3"))
+    coming = store.set_coming(second, Cause("key-1", "promoted"), seen)
+    assert coming is not None and coming.coming is not None
+    with pytest.raises(Conflict, match="meanwhile"):
+        store.set_coming(seen.newest, Cause("key-2", "promoted"), seen)
+    assert store.adapters()["one"] == coming
+
+
 def test_an_alias_moves_in_one_step_and_names_what_is_there(store: Store) -> None:
     for name in ("one", "two"):
         store.add_version(name, new())

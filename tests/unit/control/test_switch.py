@@ -37,7 +37,7 @@ async def test_the_new_engine_takes_over_with_the_adapters_and_the_old_one_is_st
         while switch.show()["switch"]["phase"] == "starting":
             seen.append(tuple(picture(world).models["pirate"].engine_models))
             await switch.wait(0.002)
-        await switch.wait(5)
+        await switch.wait(20)
         assert switch.show()["backend"] == "sglang"
         assert switch.show()["switch"]["phase"] == "done", switch.show()
         assert set(seen) == {("r0", "r1")}, "no traffic for the new one before all of it is there"
@@ -66,7 +66,7 @@ async def test_an_old_engine_finishes_what_it_has(start: Start, monkeypatch: pyt
         with pytest.raises(Conflict, match="under way"):
             switch.begin(to(world), "beside")
         left = 0
-        await switch.wait(5)
+        await switch.wait(20)
         assert old.closed
 
 
@@ -84,7 +84,7 @@ async def test_an_engine_that_does_not_come_up_changes_nothing(start: Start, scr
         world.next_script = script
         switch = Switch(world.estate)
         switch.begin(to(world), "beside")
-        await switch.wait(10)
+        await switch.wait(20)
         shown = switch.show()
         assert (shown["backend"], shown["switch"]["phase"]) == ("vllm", "failed")
         assert words in shown["switch"]["reason"]
@@ -95,7 +95,7 @@ async def test_an_engine_that_does_not_come_up_changes_nothing(start: Start, scr
         assert list(picture(world).models["pirate"].engine_models) == ["r0"]
         world.next_script = Script()
         switch.begin(to(world), "beside")  # and it can be tried again
-        await switch.wait(5)
+        await switch.wait(20)
         assert switch.show()["backend"] == "sglang"
 
 
@@ -109,7 +109,7 @@ async def test_replacing_stops_the_old_first(start: Start) -> None:
         assert old.closed
         await until(lambda: not picture(world).models["base"].engine_models)
         world.next_script.never_ready = False
-        await switch.wait(5)
+        await switch.wait(20)
         assert switch.show()["switch"]["phase"] == "done"
         await until(lambda: list(picture(world).models["base"].engine_models) == ["r0"])
 
@@ -118,12 +118,12 @@ async def test_a_replacement_that_does_not_come_up_brings_the_old_engine_back(st
     async with start() as world:
         switch = Switch(world.estate)
         switch.begin(to(world, "vllm"), "beside")  # so that what serves has another number than a first one gets
-        await switch.wait(5)
+        await switch.wait(20)
         world.next_script = script = Script(dies_starting="CUDA out of memory")
         switch.begin(to(world), "replace")
         await until(lambda: len(world.hosts) == 3)
         world.next_script = Script()  # the old one starts well
-        await switch.wait(10)
+        await switch.wait(20)
         assert script.dies_starting
         assert "vllm is started again" in switch.show()["switch"]["reason"]
         assert world.estate.running.indices == tuple(replica.index for replica in world.replicas)
@@ -150,7 +150,7 @@ class TestReload:
     def world_of(self, world: World, tmp_path: Path, text: str) -> Reload:
         file = tmp_path / "gateway.yaml"
         file.write_text(text)
-        flags = {"start_timeout_s": 5, "drain_timeout_s": 5, "backend": "vllm"}
+        flags = {"start_timeout_s": 20, "drain_timeout_s": 20, "backend": "vllm"}
         declared = ServeConfig.model_validate({"replicas": 1, **flags})
         world.estate.running = Running(config=declared, declared=declared, file=file, flags=flags)
         return Reload(world.estate)
@@ -197,7 +197,7 @@ class TestReload:
             switch.begin(to(world), "beside")
             await until(lambda: switch.show()["switch"]["phase"] == "draining")
             busy = 0
-            await switch.wait(5)
+            await switch.wait(20)
             assert switch.show()["switch"]["phase"] == "done"
             await until(lambda: [replica.id for replica in world.replicas] == ["r4", "r5"])
 
@@ -222,7 +222,7 @@ class TestReload:
             await world.core.published()
             assert len(world.hosts) == 2, "r1 still has its request"
             busy = 0
-            await switch.wait(5)
+            await switch.wait(20)
             assert switch.show()["switch"]["phase"] == "done"
             assert [host.closed for host in world.hosts] == [True, True, False]
             assert [replica.id for replica in world.replicas] == ["r0"]
@@ -253,9 +253,9 @@ class TestReload:
             reload = self.world_of(world, tmp_path, "replicas: 1\n")
             switch = Switch(world.estate)
             switch.begin(to(world), "beside")
-            await switch.wait(5)
-            world.estate.running = world.estate.running.model_copy(update={"flags": {"start_timeout_s": 5}})
-            (tmp_path / "gateway.yaml").write_text("backend: sglang\ndrain_timeout_s: 5\nreplicas: 2\n")
+            await switch.wait(20)
+            world.estate.running = world.estate.running.model_copy(update={"flags": {"start_timeout_s": 20}})
+            (tmp_path / "gateway.yaml").write_text("backend: sglang\ndrain_timeout_s: 20\nreplicas: 2\n")
             assert (await reload.run())["changed"] == {"backend": "sglang", "replicas": 2}
             await until(lambda: len(picture(world).models["base"].engine_models) == 2)
             assert {replica.backend for replica in picture(world).replicas} == {"sglang"}

@@ -113,7 +113,7 @@ async def test_of_two_rollbacks_at_the_same_time_one_is_refused(start: Start) ->
     async with api(start) as (world, client):
         for seed in (1, 2):
             await upload(world, client, "tuned", seed)
-        both = (world.service.versions.roll_back("tuned", who, 5.0) for who in ("key-1", "key-2"))
+        both = (world.service.versions.roll_back("tuned", who, 20.0) for who in ("key-1", "key-2"))
         done, refusal = await asyncio.gather(*both, return_exceptions=True)
         assert done is None
         assert isinstance(refusal, Conflict)

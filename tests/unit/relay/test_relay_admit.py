@@ -13,7 +13,7 @@ import pytest
 from relay_harness import CHAT, Client, Relay, replica, until
 from scripted_upstream import Hang, ScriptedUpstream, answer, completion
 
-from gateway.observe.cells import WAITING, Cells, InFlight, Peers
+from gateway.observe.cells import PRESSING, WAITING, Cells, InFlight, Peers
 from gateway.relay import admit
 from gateway.relay.traffic import Limits
 from gateway.snapshot import Key
@@ -197,12 +197,12 @@ async def test_relays_share_a_replica(tmp_path: Path) -> None:
 def test_a_relay_that_died_waits_for_nothing(tmp_path: Path) -> None:
     """Others would leave it its share of the replicas."""
     dead = Cells(tmp_path / "relay-1.cells")
-    dead.values[WAITING] = 5
+    dead.values[WAITING] = dead.values[PRESSING] = 5
     peers = Peers({1: tmp_path / "relay-1.cells"})
-    assert peers.waiting() == 1
+    assert (peers.waiting(), InFlight(tmp_path).pressing()) == (1, 5)
     dead.close()
     Cells(tmp_path / "relay-1.cells").close()  # it is started again
-    assert peers.waiting() == 0
+    assert (peers.waiting(), InFlight(tmp_path).pressing()) == (0, 0)
 
 
 async def test_the_bound_of_bytes_holds_whatever_yields(narrow: Relay, monkeypatch: pytest.MonkeyPatch) -> None:

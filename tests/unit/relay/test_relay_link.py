@@ -176,7 +176,7 @@ async def test_a_reader_that_does_not_read_stops_nothing(monkeypatch: pytest.Mon
         if number % 100 == 0:
             started = time.monotonic()
             log.flush()
-            assert time.monotonic() - started < 1
+            assert time.monotonic() - started < 10
     os.set_blocking(reading, False)
     text = b""
 

@@ -79,10 +79,10 @@ def test_ready_needs_a_base() -> None:
 
 def test_a_wrong_name_costs_little_whatever_the_number_of_adapters() -> None:
     names = [f"adapter-{i}" for i in range(50_000)]
-    started = time.perf_counter()
+    started_s = time.process_time()
     assert nearest("adapter-12x", names)
     nearest("x" * 100_000, names)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started_s < 0.5
 
 
 def test_the_engines_head_has_its_key_and_nothing_of_the_client() -> None:

@@ -23,7 +23,7 @@ from gateway.api import fine_tuning
 from gateway.control.service import Service
 from gateway.control.store import Store
 from gateway.control.views import FAILED, READY
-from gateway.errors import Conflict, InvalidRequest
+from gateway.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
 from gateway.tuning import results as module
 from gateway.tuning import runner as runner_module
 from gateway.tuning.files import Files
@@ -45,10 +45,12 @@ class Adapters:
     def __init__(self, state: str = READY) -> None:
         self.state = state
         self.deleted: list[str] = []
+        self.taken_in: list[str] = []
         self.jobs: Jobs | None = None  # whose job is cancelled while engines load its model
         self.storage = SimpleNamespace(staging=contextlib.nullcontext)
 
-    async def take_in(self, *_: object) -> tuple[None, bool]:
+    async def take_in(self, name: str, *_: object) -> tuple[None, bool]:
+        self.taken_in.append(name)
         return None, False
 
     async def settle(self, _version: None, new: bool, _wait_s: float) -> dict[str, Any]:
@@ -129,6 +131,36 @@ async def test_cancelled_while_it_is_published(tmp_path: Path, objects: Objects)
     assert not list((tmp_path / "files").iterdir())
 
 
+async def test_a_canary_of_an_adapter_that_is_gone_leaves_none_behind(tmp_path: Path, objects: Objects) -> None:
+    service = Adapters()
+    gone = NotFound("no adapter 'tickets'")
+
+    def adapter(_: str) -> None:
+        raise gone
+
+    service.versions = SimpleNamespace(adapter=adapter)  # type: ignore[attr-defined]
+    settings = {"adapter": "tickets", "canary_weight": 5.0}
+    jobs = jobs_of(objects, tmp_path, service)
+    objects.put(job())
+    told = await Results(jobs, None)._hand_on(msgspec.structs.replace(job(), settings=settings))
+    assert [event.message for event in told] == ["It was not made a version of tickets: no adapter 'tickets'"]
+    assert not service.taken_in
+
+
+async def test_a_job_that_ends_while_it_is_held(tmp_path: Path, objects: Objects) -> None:
+    service = Adapters()
+    jobs = jobs_of(objects, tmp_path, service)
+    objects.put(job())
+    service.settle = lambda *_: hold_and_settle()  # type: ignore[method-assign]
+
+    async def hold_and_settle() -> dict[str, Any]:
+        await jobs.hold("ftjob-1", "requests queue")
+        return {"state": READY, "reason": ""}
+
+    done = await published(objects, tmp_path, service, jobs)
+    assert (done.status, done.held) == (Status.SUCCEEDED, False)
+
+
 async def test_refused_after_a_restart(tmp_path: Path, objects: Objects) -> None:
     service = Adapters(FAILED)
     done = await published(objects, tmp_path, service, jobs_of(objects, tmp_path, service))
@@ -196,7 +228,10 @@ async def test_a_job_yields_to_serving(tmp_path: Path, objects: Objects, monkeyp
 
 
 async def test_a_trainers_secret_outlives_control(tmp_path: Path, objects: Objects) -> None:
-    """Its digest is lent again before relays are told anything, and taken back when the trainer ends."""
+    """Its digest is lent again before relays are told anything, and taken back when the trainer ends.
+
+    Not that of a trainer that is gone: it would take the living one's place.
+    """
     known: dict[str, str] = {}
     service = Adapters()
     keys = SimpleNamespace(
@@ -204,15 +239,30 @@ async def test_a_trainers_secret_outlives_control(tmp_path: Path, objects: Objec
         take_back=lambda own: known.pop(own),
     )
     service.core = SimpleNamespace(keys=keys)  # type: ignore[attr-defined]
-    jobs = jobs_of(objects, tmp_path, service)
+    living = SimpleNamespace(adopt=lambda id: Process() if id == "ftjob-1" else None)
+    jobs = jobs_of(objects, tmp_path, service, living)
     kept = msgspec.structs.replace(job(), method="reinforcement", key_id="key-a", pass_digest="d" * 64)
     objects.put(kept)
+    objects.put(msgspec.structs.replace(kept, id="ftjob-2", status=Status.PAUSED, pass_digest="e" * 64))
     runner = runner_of(jobs)
     await runner.open()
     assert known == {"d" * 64: "key-a ['adapters', 'infer']"}
     await runner._ended(kept, EXIT_PAUSED)
     assert not known and not (await jobs.get(kept.id)).pass_digest
     assert service.deleted == [kept.id]  # the adapter that it sampled with
+
+
+async def test_a_result_found_leaves_nothing_else(tmp_path: Path, objects: Objects) -> None:
+    """Its trainer ended while no control process was there to see it."""
+    service = Adapters()
+    jobs = jobs_of(objects, tmp_path, service, SimpleNamespace(adopt=lambda _: None))
+    await jobs.files.open()
+    objects.put(msgspec.structs.replace(job(), method="reinforcement"))
+    result = jobs.run_dir(job()) / "adapter"
+    result.mkdir(parents=True)
+    (result / "manifest.json").write_text(json.dumps({"metrics": {"step": 1, "tokens": 1}}))
+    await runner_of(jobs)._look()
+    assert (await jobs.get("ftjob-1")).status is Status.SUCCEEDED and service.deleted == ["ftjob-1"]
 
 
 async def test_a_held_job_is_its_owners(tmp_path: Path, objects: Objects) -> None:
@@ -265,6 +315,16 @@ async def test_odd_bodies_are_refused(body: bytes) -> None:
         await fine_tuning.read_json(cast(Request, SimpleNamespace(stream=stream)))
 
 
+async def test_a_body_has_an_end() -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        while True:
+            yield b" " * 1_000_000
+
+    request = SimpleNamespace(stream=stream, state=SimpleNamespace())
+    with pytest.raises(PayloadTooLarge):
+        await fine_tuning.read_json(cast(Request, request))
+
+
 def test_corrupt_gzip_is_a_data_error(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl.gz"
     whole = bytearray(gzip.compress(b'{"a": 1}\n' * 50))
@@ -282,6 +342,20 @@ def test_a_traceback_is_not_shown(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest) as refused:
         trainer.check_data(tmp_path / "dataset.jsonl", "mine.jsonl", "sft", "training_file")
     assert refused.value.message == "the trainer could not check mine.jsonl; the gateway's log says why"
+
+
+@pytest.mark.parametrize(
+    ("said", "param"),
+    [("dataset.jsonl line 1: no", "training_file"), ("grader.name: no", "method.reinforcement.grader")],
+)
+def test_what_is_wrong_is_told_apart_whatever_a_file_is_called(tmp_path: Path, said: str, param: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho 'Error: {said}' >&2\nexit 1\n")
+    python.chmod(0o755)
+    trainer = Trainer(python, "cpu", Place(tmp_path, tmp_path, 1))
+    with pytest.raises(InvalidRequest) as refused:
+        trainer.check_data(tmp_path / "dataset.jsonl", "grader.jsonl", "sft", "training_file")
+    assert refused.value.param == param
 
 
 def test_a_check_ends_with_control(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import httpx2
 import pytest
 
+from backends import envs
 from backends.spec import EngineSpec
 from gateway.config import ConfigError, load
 from gateway.control import wiring
@@ -87,16 +88,40 @@ def training(device: str | None, **flags: Any) -> wiring.Training:
         (None, {"train_device": "cpu"}, None),
     ],
 )
-def test_only_a_shared_device_is_yielded(engines: str | None, flags: dict[str, Any], wait_s: float | None) -> None:
+def test_only_a_shared_device_is_yielded(
+    engines: str | None, flags: dict[str, Any], wait_s: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(envs, "gpu_count", lambda: 3)
     rule = training(engines, **flags).rule
     assert (rule.wait_s if rule else None) == wait_s
 
 
 def test_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(envs, "gpu_count", lambda: 8)
     trainer = training("cuda", train_device="cuda:2").trainer
     assert trainer.device == "cuda" and trainer._own_device == {"CUDA_VISIBLE_DEVICES": "2"}
     with pytest.raises(ConfigError, match="replicas use the first 2 GPUs"):
         training("cuda", train_device="cuda:1")
     with pytest.raises(ConfigError, match="train_device"):
         load(None, {"train_device": "gpu"})
+    with pytest.raises(ConfigError, match="there are 8 GPUs, counted from 0"):
+        training("cuda", train_device="cuda:8")
+
+
+def test_gpus_are_counted_as_the_gateway_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no engine is given the one of jobs, whatever its number."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,2,5")
+    assert training("cuda", train_device="cuda:2").trainer._own_device == {"CUDA_VISIBLE_DEVICES": "2"}
+    spec = cast(EngineSpec, SimpleNamespace(device="cuda", tensor_parallel=2, pipeline_parallel=1))
+    assert wiring._engine_gpus(load(None, {"train_device": "cuda:2"}), spec) == "7,6,5"
+    with pytest.raises(ConfigError, match="replicas use the first 2 GPUs"):
+        training("cuda", train_device="cuda:1")
+    with pytest.raises(ConfigError, match="there are 4 GPUs"):
+        training("cuda", train_device="cuda:4")
+
+
+def test_a_limit_of_files_is_a_number() -> None:
+    with pytest.raises(ConfigError, match="max_files_gb"):
+        load(None, {"max_files_gb": float("inf")})

@@ -136,5 +136,20 @@ async def test_a_key_keeps_so_much(tmp_path: Path, objects: Objects) -> None:
     await files.check_room("key-a", 4)
 
 
+async def test_what_has_expired_takes_no_room(
+    tmp_path: Path, objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while a job trains, and the runner does not come to delete it."""
+    files = Files(objects, tmp_path / "files", limit_bytes=10)
+    await files.open()
+    staged = tmp_path / "staged"
+    staged.write_bytes(b"x" * 6)
+    first = await files.upload(staged, "a", "batch", "key-a", 3600)
+    after_it = float(first.expires_at or 0)
+    monkeypatch.setattr(module.time, "time", lambda: after_it)
+    second = await files.upload(staged, "b", "batch", "key-a")
+    assert [path.name for path in (tmp_path / "files").iterdir()] == [second.id]
+
+
 def test_names_hold_nothing_odd() -> None:
     assert request.model_name("org/my model", None, "ftjob-0123456789") == "ft:org-my-model:tunegate::01234567"
