@@ -39,8 +39,8 @@ def test_run_reads_the_timeline_and_replay_and_compare_agree(url: str, tmp_path:
     assert result.exit_code in (0, 3), result.output
     plain = msgspec.json.decode((tmp_path / "a" / "result.json").read_bytes())
     steady = plain["summary"]["targets"]["server"]["steady"]
-    assert steady["metrics"]["tpot_ms"]["p50"]["value"] == pytest.approx(10, abs=0.5)
-    assert steady["metrics"]["ttft_from_send_ms"]["p50"]["value"] == pytest.approx(20, abs=5)
+    assert steady["metrics"]["tpot_ms"]["p50"]["value"] == pytest.approx(10, abs=2)
+    assert steady["metrics"]["ttft_from_send_ms"]["p50"]["value"] == pytest.approx(20, abs=15)
     assert (steady["failures"], steady["output_tokens_mean"], steady["input_tokens_mean"]) == ({}, 20, 32)
     assert plain["summary"]["targets"]["server"]["counted_by"].keys() == {"usage per chunk"}
     assert "<svg" in (tmp_path / "a" / "report.html").read_text()

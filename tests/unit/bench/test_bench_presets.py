@@ -113,4 +113,6 @@ def test_adapters_with_churn(vllm: Emulator, tmp_path: Path) -> None:
     assert changes == [("load fresh", True, 0), ("unload fresh", True, 0), ("miss", False, 0)]
     target = result.summary.targets["server"]
     assert set(target.models) <= set(ADAPTERS) and len(target.models) > 1
-    assert target.probe is not None and target.fairness is not None
+    assert target.probe is not None
+    timed = [figures for figures in target.models.values() if "user_tokens_per_s" in figures.metrics]
+    assert (target.fairness is not None) == (len(timed) > 1)  # tokens that come in one read have no speed
