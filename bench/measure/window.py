@@ -13,7 +13,6 @@ from bench.measure.stats import trend
 Floats = NDArray[np.float64]
 _PLATEAU = 0.8
 _LATEST_START = 0.4  # a plateau that has not begun by this share of the load is none
-SLICES = 10
 
 
 class Window(msgspec.Struct, frozen=True):

@@ -10,7 +10,6 @@ the adapter holds (modules_to_save, biases) take the place of the base's.
 from __future__ import annotations
 
 import errno
-import os
 import re
 import secrets
 import shutil
@@ -26,6 +25,7 @@ from gateway.adapters.manifest import AdapterConfig, parse_mergeable
 from gateway.adapters.package import CONFIG, WEIGHTS
 from gateway.adapters.shapes import bare_name, is_quantized, weight_files
 from gateway.adapters.tensors import FLOATS, BadTensors, Tensor, read_header
+from gateway.disk import sync
 from gateway.errors import InvalidRequest
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+?)\.(?P<part>lora_[AB]\.weight|lora_magnitude_vector(\.weight)?)")
@@ -182,11 +182,7 @@ def _rows(place: _Place, change: _Change, first: int, count: int) -> npt.NDArray
 
 def _publish(partial: Path, out: Path) -> None:
     for path in [*partial.iterdir(), partial]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(path)
     try:
         partial.rename(out)
     except OSError as error:

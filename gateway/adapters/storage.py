@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import os
 import secrets
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.adapters.names import content_id, is_content_id
+from gateway.disk import sync
 from gateway.errors import InternalError, StorageFull
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -82,11 +82,11 @@ class AdapterStorage:
             return stored
         for path in files.values():
             path.chmod(0o444)
-            _fsync(path)
-        _fsync(directory)
+            sync(path)
+        sync(directory)
         directory.rename(stored.path)
         stored.path.chmod(0o555)
-        _fsync(self._adapters)
+        sync(self._adapters)
         return stored
 
     def _check_same(self, stored: Stored) -> None:
@@ -141,11 +141,3 @@ def _digest(files: Mapping[str, Path]) -> tuple[str, int]:
 def _make_removable(path: Path) -> None:
     for directory in [path, *(found for found in path.rglob("*") if found.is_dir())]:
         directory.chmod(0o700)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

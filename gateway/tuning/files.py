@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from gateway.adapters.storage import full_disk_is_an_error
+from gateway.disk import sync
 from gateway.errors import InvalidRequest, NotFound, QuotaExceeded
 from gateway.tuning.records import File, new_id
 from gateway.tuning.store import Objects
@@ -115,9 +116,9 @@ class Files:
             key_id=key_id,
         )
         with full_disk_is_an_error():
-            _sync(staged)
+            sync(staged)
             os.link(staged, self.path(file.id))  # a crash before the owner refers to it loses nothing
-            _sync(self._directory)
+            sync(self._directory)
         self._objects.put(file)
         return file
 
@@ -136,11 +137,3 @@ class Files:
 
 def _expired(file: File) -> bool:
     return file.expires_at is not None and file.expires_at <= time.time()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

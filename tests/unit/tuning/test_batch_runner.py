@@ -7,7 +7,7 @@ import contextlib
 import errno
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,6 @@ import msgspec
 import pytest
 
 from gateway.control.core import Core
-from gateway.control.store import Store
 from gateway.errors import StorageFull
 from gateway.tuning import batch_runner as module
 from gateway.tuning import batch_work, lines
@@ -47,14 +46,6 @@ class Gateway:
 
     async def post(self, url: str, content: bytes) -> httpx2.Response:
         return httpx2.Response(429 if json.loads(content)["model"] == "limited" else 200, json={})
-
-
-@pytest.fixture
-def objects(tmp_path: Path) -> Iterator[Objects]:
-    store = Store(f"sqlite:///{tmp_path / 'registry.db'}")
-    store.migrate()
-    yield Objects(store)
-    store.close()
 
 
 @pytest.fixture

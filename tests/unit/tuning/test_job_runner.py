@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,7 +21,6 @@ from fastapi import Request
 from gateway.api import files as files_api
 from gateway.api import fine_tuning
 from gateway.control.service import Service
-from gateway.control.store import Store
 from gateway.control.views import FAILED, READY
 from gateway.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
 from gateway.tuning import results as module
@@ -78,14 +77,6 @@ class Process:
 
     def exit_status(self) -> int:
         return -15
-
-
-@pytest.fixture
-def objects(tmp_path: Path) -> Iterator[Objects]:
-    store = Store(f"sqlite:///{tmp_path / 'registry.db'}")
-    store.migrate()
-    yield Objects(store)
-    store.close()
 
 
 def job(id: str = "ftjob-1", status: Status = Status.RUNNING) -> Job:

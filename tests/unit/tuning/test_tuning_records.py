@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gateway.control.store import Store
 from gateway.errors import InvalidRequest, NotFound, QuotaExceeded
 from gateway.tuning import files as module
 from gateway.tuning import lines, progress, request
 from gateway.tuning.files import Files
 from gateway.tuning.store import Objects
 from trainer import config as trainer_config
-
-
-@pytest.fixture
-def objects(tmp_path: Path) -> Iterator[Objects]:
-    store = Store(f"sqlite:///{tmp_path / 'registry.db'}")
-    store.migrate()
-    yield Objects(store)
-    store.close()
 
 
 def test_a_log_is_read_by_whole_lines(tmp_path: Path) -> None:
