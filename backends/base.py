@@ -93,6 +93,12 @@ class Backend(ABC):
     async def is_ready(self, client: httpx2.AsyncClient) -> bool:
         """True once the engine answers requests. False while it starts; raises EngineUnreachable never."""
 
+    async def warm_up(self, client: httpx2.AsyncClient, spec: EngineSpec) -> None:  # noqa: B027 - most need none
+        """Make a just started engine do what it would first do, slowly, for a client. It may take minutes.
+
+        Raises EngineUnreachable when the engine is gone; one that has no time for it is left as it is.
+        """
+
     @abstractmethod
     async def load_adapter(self, client: httpx2.AsyncClient, adapter_id: str, path: Path) -> None:
         """Ask for a load. Raises AdapterRejected, EngineUnreachable, UnsupportedSpec (no runtime load)."""

@@ -204,6 +204,13 @@ CAUSES = (
         r"(?:Error while deserializing header|SafetensorError|InvalidHeaderDeserialization)",
         "A weight file of the model is damaged or cut short; pull or copy the checkpoint again.",
     ),
+    # -- kernels that are compiled on this machine: FlashInfer's, SGLang's
+    Cause(
+        r"(?:Could not find nvcc and default|nvcc not found|Ninja build failed|ninja: build stopped)",
+        "The engine compiles kernels for this GPU and could not: nvcc is missing, too old, or failed (the log says "
+        "which); install a CUDA toolkit that fits the engine's torch and set CUDA_HOME. For SGLang's sampling kernels "
+        "alone, --engine-arg=--sampling-backend=pytorch goes without.",
+    ),
     # -- the environment; late, because an engine also logs imports it can do without
     Cause(
         r"(?:No package metadata was found for|ModuleNotFoundError: No module named) '?([\w.-]+)'?",

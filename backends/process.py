@@ -221,8 +221,10 @@ def engine_environment(launch: Launch, inherited: Mapping[str, str]) -> dict[str
         or (name not in _DROPPED and not name.startswith(_DROPPED_PREFIX) and not name.endswith(_DROPPED_SUFFIXES))
     }
     # Engines call tools of their own environment by name (ninja for kernels compiled at start).
-    path = f"{Path(launch.argv[0]).parent}:{kept.get('PATH', os.defpath)}"
-    return _DEFAULTS | kept | {"PATH": path} | dict(launch.env)
+    path = {"PATH": f"{Path(launch.argv[0]).parent}:{kept.get('PATH', os.defpath)}"}
+    if launch.argv[0] == sys.executable:  # an emulated engine: it must find what we found, wherever we run from
+        path["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    return _DEFAULTS | kept | path | dict(launch.env)
 
 
 def digest(launch: Launch) -> str:

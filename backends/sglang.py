@@ -6,6 +6,8 @@ request that names it; so only names we know may reach it.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from backends.base import AdapterRejected, Backend, Endpoint, EngineUnreachable,
 from backends.checks import check_capabilities, check_choice
 from backends.spec import AdapterLoading, Capabilities, EngineSpec
 
+_log = logging.getLogger(__name__)
 _DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 _CPU_KV_CACHE_TOKENS = 16_384  # its own default takes most of the machine's memory
+_WARM_UP_TIMEOUT_S = 400.0
 _CPU_ARGUMENTS = ("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch")
 
 
@@ -37,7 +41,10 @@ class Sglang(Backend):
         responses_api=True,
         tool_parsers=True,
         pipeline_parallel=True,
-        notes=("on the CPU: unquantized checkpoints, without its own kernels; for development and tests",),
+        notes=(
+            "on the CPU: unquantized checkpoints, without its own kernels; for development and tests",
+            "a request's `seed` counts only with --engine-arg=--enable-deterministic-inference, which costs speed",
+        ),
     )
 
     def check(self, spec: EngineSpec) -> None:
@@ -98,6 +105,21 @@ class Sglang(Backend):
         if response is not None and response.status_code == 404:  # older than 0.5.20
             response = await upstream.answers(client, "/health")
         return response is not None and response.status_code == 200
+
+    async def warm_up(self, client: httpx2.AsyncClient, spec: EngineSpec) -> None:
+        # The first request with top_k, top_p or min_p makes it compile FlashInfer's sampling kernels, in the scheduler:
+        # for a minute or more nobody is answered. Its own warm-up is greedy and does not. Kept in ~/.cache afterwards.
+        if spec.device != "cuda" or spec.task != "generate":
+            return
+        body = {"model": spec.served_name, "prompt": "a", "max_tokens": 1, "temperature": 1, "top_k": 2}
+        started = time.monotonic()
+        try:
+            await upstream.post(client, "/v1/completions", body, _WARM_UP_TIMEOUT_S)
+            _log.info("SGLang's first sampled token took %.1f s", time.monotonic() - started)
+        except EngineUnreachable as error:
+            if not isinstance(error.__cause__, httpx2.TimeoutException):
+                raise
+            _log.warning("SGLang still compiles its sampling kernels: %s", error)
 
     async def load_adapter(self, client: httpx2.AsyncClient, adapter_id: str, path: Path) -> None:
         body = {"lora_name": adapter_id, "lora_path": str(path)}

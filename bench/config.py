@@ -28,7 +28,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     url: Annotated[str, _flag(SERVER, "Server under test.")] = "http://127.0.0.1:8000"
     target: Annotated[
         tuple[str, ...],
-        _flag(SERVER, "NAME=URL[,model=M][,key=K]; repeat to compare servers in interleaved blocks."),
+        _flag(
+            SERVER,
+            "NAME=URL[,model=M][,key=K][,adapters=A+B]; repeat to compare servers in interleaved blocks.",
+        ),
     ] = ()
     model: Annotated[str, _flag(SERVER, "Model to ask for (default: the first the server lists).")] = ""
     api: Annotated[Literal["chat", "completions"], _flag(SERVER, "Which API.")] = "chat"
@@ -79,12 +82,13 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class TargetSpec(msgspec.Struct, frozen=True):
-    """One server of a run, as it was named."""
+    """One server of a run, as it was named. `adapters`: the models to mix there; none: `model` alone."""
 
     name: str
     url: str
     model: str
     key: str
+    adapters: tuple[str, ...] = ()
 
 
 def load_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
@@ -125,8 +129,7 @@ def check(config: RunConfig) -> None:
     cache_of(config)
     extra_body(config)
     parse_slo(config.slo)
-    shares(config.mix, max(1, len(config.models)))
-    targets_of(config)
+    shares(config.mix, max(1, len(targets_of(config)[0].adapters)))
 
 
 def cache_of(config: RunConfig) -> tuple[bool, float]:
@@ -153,17 +156,21 @@ def extra_body(config: RunConfig) -> dict[str, Any]:
 def targets_of(config: RunConfig) -> list[TargetSpec]:
     """The servers of a run: the targets named, or the one URL. Raises ValueError."""
     if not config.target:
-        return [TargetSpec("server", config.url, config.model, config.api_key)]
+        return [TargetSpec("server", config.url, config.model, config.api_key, config.models)]
     targets = []
     for text in config.target:
         name, separator, rest = text.partition("=")
         url, *options = rest.split(",")
         pairs = dict(option.partition("=")[::2] for option in options)
-        if not separator or not url or set(pairs) - {"model", "key"}:
-            raise ValueError(f"target {text!r}: NAME=URL[,model=M][,key=K] expected")
-        targets.append(TargetSpec(name, url, pairs.get("model", config.model), pairs.get("key", config.api_key)))
+        if not separator or not url or set(pairs) - {"model", "key", "adapters"}:
+            raise ValueError(f"target {text!r}: NAME=URL[,model=M][,key=K][,adapters=A+B] expected")
+        adapters = tuple(part for part in pairs.get("adapters", "").split("+") if part) or config.models
+        model, key = pairs.get("model", config.model), pairs.get("key", config.api_key)
+        targets.append(TargetSpec(name, url, model, key, adapters))
     if len({target.name for target in targets}) < len(targets):
         raise ValueError("targets need different names")
+    if len({len(target.adapters) for target in targets}) > 1:  # or the same request would go to another share of them
+        raise ValueError("targets mix the same number of adapters, each under its own server's names")
     return targets
 
 
@@ -177,12 +184,12 @@ def resolved(config: RunConfig) -> dict[str, Any]:
 
 def workload_hash(config: RunConfig) -> str:
     """What two runs must share to be comparable: the work offered, not the server, the time or the place."""
-    spec = config.spec
+    spec, adapters = config.spec, targets_of(config)[0].adapters
     files = [hashlib.sha256(Path(spec.path).read_bytes()).hexdigest()] if spec.path else []
     parts = [
         config.api, spec.kind, spec.input_tokens, spec.output_tokens, sorted(spec.options.items()), files,
         config.seed, config.cache, config.rate, config.concurrency, config.duration, config.requests, config.arrivals,
-        config.max_concurrency, len(config.models), config.mix, config.temperature, extra_body(config), config.probe,
+        config.max_concurrency, len(adapters), config.mix, config.temperature, extra_body(config), config.probe,
         config.ramp,
     ]  # fmt: skip
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:16]

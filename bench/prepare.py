@@ -50,7 +50,7 @@ def prepare(config: RunConfig) -> Prepared:
         server = servers[spec.name] = Server(endpoint, headers)
         targets.append(Target(spec.name, endpoint, PATHS[config.api], headers))
         base_models[spec.name] = spec.model or served_model(server)
-        models[spec.name] = list(config.models) or [base_models[spec.name]]
+        models[spec.name] = list(spec.adapters) or [base_models[spec.name]]
         dialects.append(find_dialect(server, asking, base_models[spec.name]))
     asking = msgspec.structs.replace(asking, dialect=_common(dialects))
     first = specs[0].name

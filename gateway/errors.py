@@ -9,6 +9,7 @@
     ├── MethodNotAllowed      405  invalid_request_error
     ├── Conflict              409  invalid_request_error   (never retried: x-should-retry false)
     ├── PayloadTooLarge       413  invalid_request_error
+    ├── UnsupportedMedia      415  invalid_request_error
     ├── RateLimited           429  rate_limit_error        (code rate_limit_exceeded)
     │   └── QuotaExceeded     429  insufficient_quota      (never retried: x-should-retry false)
     ├── InternalError         500  server_error
@@ -115,6 +116,13 @@ class PayloadTooLarge(GatewayError):
     """A body above the configured limit."""
 
     status = 413
+    type = "invalid_request_error"
+
+
+class UnsupportedMedia(GatewayError):
+    """A body of a kind that the route does not read."""
+
+    status = 415
     type = "invalid_request_error"
 
 

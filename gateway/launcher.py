@@ -162,6 +162,7 @@ class _Gateway:
 
     def __init__(self, config: ServeConfig, source: Source, run_dir: Path, listener: socket.socket) -> None:
         self._config = config
+        self._reloads: set[asyncio.Task[None]] = set()  # under way: the loop itself would let go of them
         host, self._port = listener.getsockname()[:2]
         scheme = "https" if config.tls_cert else "http"
         self._url = f"{scheme}://{'[' + host + ']' if ':' in host else host}:{self._port}"
@@ -204,8 +205,7 @@ class _Gateway:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
-        reloads: set[asyncio.Task[None]] = set()
-        loop.add_signal_handler(signal.SIGHUP, lambda: reloads.add(asyncio.create_task(self._reload())))
+        loop.add_signal_handler(signal.SIGHUP, self._begin_to_reload)
         kept = [asyncio.create_task(child.keep_running()) for child in (self._control, *self._relays)]
         ready = asyncio.create_task(self._announce())
         refused = asyncio.create_task(self._control.refused.wait())
@@ -245,6 +245,11 @@ class _Gateway:
                     _say(f"{state or 'control starting'} ({now - started:.0f} s)")
                     said, said_at = state, now
                 await asyncio.sleep(_POLL_S)
+
+    def _begin_to_reload(self) -> None:
+        task = asyncio.create_task(self._reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
 
     async def _reload(self) -> None:
         """Have control read the configuration again, and say how that went."""

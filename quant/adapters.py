@@ -141,6 +141,15 @@ def _read(directory: Path, skeleton: Skeleton) -> _Adapter:
         raise BadAdapter(f"the adapter {directory} cannot be read: {error}") from error
     if not goldens:
         raise BadAdapter(f"{directory} has no golden prompts in its manifest.json: add some by `gateway train golden`")
+    vocabulary = skeleton.model.get_input_embeddings().num_embeddings
+    for number, golden in enumerate(goldens if isinstance(goldens, list) else [goldens], start=1):
+        if fault := _golden_fault(golden, vocabulary):
+            raise BadAdapter(
+                f"golden prompt {number} in {directory}/manifest.json {fault}: make them anew by `gateway train golden`"
+            )
+    rank = config.get("r")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(config.get("lora_alpha"), int | float):
+        raise BadAdapter(f"{directory}/adapter_config.json says no rank (r) and lora_alpha, as peft writes them")
     if config.get("use_dora"):
         raise BadAdapter(f"{directory} is a DoRA adapter; merge it or train a plain LoRA")
     sides: dict[str, dict[str, Tensor]] = {}
@@ -158,6 +167,23 @@ def _read(directory: Path, skeleton: Skeleton) -> _Adapter:
             raise BadAdapter(f"{directory} changes {module} as {skeleton.checkpoint.directory} does not have it")
         updates[module] = (pair["A"], pair["B"] * _scale(config, module))
     return _Adapter(directory.name, goldens, updates, [])
+
+
+def _golden_fault(golden: Any, vocabulary: int) -> str:
+    """What a golden prompt lacks, in words; empty when it can be judged."""
+    if not isinstance(golden, dict):
+        return f"is {type(golden).__name__}, expected an object"
+    for name in ("prompt_token_ids", "token_ids"):
+        ids = golden.get(name)
+        if not isinstance(ids, list) or not ids or not all(type(one) is int and 0 <= one < vocabulary for one in ids):
+            return f"has no {name} that this model's {vocabulary} tokens hold"
+    answer = len(golden["token_ids"])
+    for name in ("logprobs", *(("base_logprobs",) if golden.get("base_logprobs") is not None else ())):
+        values = golden.get(name)
+        numbers = [value for value in values if type(value) in (int, float)] if isinstance(values, list) else []
+        if values != numbers or len(numbers) != answer:
+            return f"has no {name} for each of its {answer} token_ids"
+    return ""
 
 
 def _scale(config: Mapping[str, Any], module: str) -> float:

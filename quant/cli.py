@@ -53,8 +53,12 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--symmetric/--asymmetric", default=None, help="Default: as the format asks.")
 @click.option("--calib", type=_FILE, help='JSONL of {"messages": [...]} or {"text": "..."}. Default: a bundled set.')
-@click.option("--calib-samples", type=int, default=128, show_default=True, help="Sequences; 0: none (rtn only).")
-@click.option("--calib-tokens", type=int, default=512, show_default=True, help="Tokens of a sequence.")
+@click.option(
+    "--calib-samples", type=click.IntRange(min=0), default=128, show_default=True, help="Sequences; 0: none (rtn only)."
+)
+@click.option(
+    "--calib-tokens", type=click.IntRange(min=8), default=512, show_default=True, help="Tokens of a sequence."
+)
 @click.option("--skip", multiple=True, metavar="REGEX", help="Linears to leave alone, by name. Repeatable.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.pass_context

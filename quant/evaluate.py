@@ -84,6 +84,11 @@ def evaluate_all(
             before_TV, target_T = next(each_TV), batch[row, 1:].to(device)
             totals += torch.stack([compare_logits(before_TV, after_TV, target_T) for after_TV in each_TV])
     count = tokens_BT.shape[0] * (tokens_BT.shape[1] - 1)
+    for directory, sums in zip(quantized, totals, strict=True):
+        if not bool(torch.isfinite(sums).all()):
+            raise BadCheckpoint(
+                f"what {directory} computes on this text is not finite: its weights or scales are broken"
+            )
     means = (totals / count).tolist()
     return [Quality(count, math.exp(before), math.exp(after), kl, agreed) for before, after, kl, agreed in means]
 

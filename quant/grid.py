@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quant.config import Grid
+from quant.kernels import works
 from quant.pack import QuantizedLinear
 
 # Shares of the full range tried by the search. Below one half the clipping error always wins on real weights.
@@ -101,9 +102,20 @@ def error_of(delta_NGS: Tensor, importance: Tensor | None) -> Tensor:
 
 def search_levels(w_NGS: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None) -> Levels:
     """Per group, the clipped range of SHRINKS with the least `error_of`."""
+    by_kernel = w_NGS.is_cuda and (importance is None or importance.dim() == 2)
+    if by_kernel and works("the search for ranges", lambda: _search_by_kernel(w_NGS[:1], grid, dtype, importance)):
+        return _search_by_kernel(w_NGS, grid, dtype, importance)
     rows = _ROWS_AT_ONCE if w_NGS.is_cuda else max(1, _WEIGHTS_AT_ONCE // w_NGS[0].numel())
     found = [_search(rows_NGS, grid, dtype, importance) for rows_NGS in w_NGS.split(rows)]
     return Levels(torch.cat([one.scale_NG for one in found]), torch.cat([one.zero_NG for one in found]))
+
+
+def _search_by_kernel(w_NGS: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None) -> Levels:
+    from quant.search_kernel import search  # imports Triton, which is not everywhere
+
+    shrinks = torch.tensor(SHRINKS, device=w_NGS.device)
+    middle = grid.middle if grid.symmetric else None
+    return Levels(*search(w_NGS, importance, shrinks, grid.max_level, middle, dtype == torch.bfloat16))
 
 
 def _search(w_NGS: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None) -> Levels:

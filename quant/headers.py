@@ -47,6 +47,8 @@ def read_entries(directory: Path) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     index_path = directory / INDEX_NAME
     index: dict[str, str] = read_json(index_path).get("weight_map", {}) if index_path.is_file() else {}
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise BadCheckpoint(f"the weight_map of {index_path} does not say which file each tensor is in")
     files = sorted({directory / name for name in index.values()}) or sorted(directory.glob("*.safetensors"))
     if not files:
         raise BadCheckpoint(f"{directory} holds no *.safetensors file; other weight formats must be converted first")
@@ -71,9 +73,16 @@ def read_file_entries(file: Path) -> dict[str, TensorEntry]:
         raise BadCheckpoint(f"shard {file} is missing: fetch the checkpoint again") from error
     except ValueError as error:
         raise BadCheckpoint(f"{file} has a broken header ({error}): fetch the checkpoint again") from error
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((value["data_offsets"][1] for value in header.values()), default=0)
-    actual = file.stat().st_size
+    try:
+        header.pop("__metadata__", None)
+        ends = [int(value["data_offsets"][1]) for value in header.values()]
+        entries = {
+            name: TensorEntry(file, str(value["dtype"]), tuple(map(int, value["shape"])))
+            for name, value in header.items()
+        }
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise BadCheckpoint(f"{file} has a header that describes no tensors: fetch the checkpoint again") from error
+    expected, actual = 8 + length + max(ends, default=0), file.stat().st_size
     if actual != expected:
         raise BadCheckpoint(f"{file} is {actual} bytes, its header says {expected}: truncated, fetch it again")
-    return {name: TensorEntry(file, value["dtype"], tuple(value["shape"])) for name, value in header.items()}
+    return entries

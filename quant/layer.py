@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from quant.awq import search_scale
-from quant.config import QuantOptions
+from quant.config import Method, QuantOptions
 from quant.errors import BadHessian
 from quant.gptq import gptq
 from quant.moments import Moments
 from quant.pack import QuantizedLinear, pack
+from quant.phases import Phases
 from quant.plan import InputGroup, LayerPlan, apply_fold
+from quant.precision import fast_products
 from quant.ranks import Ranks
 from quant.rtn import block_importance, diagonal_importance, rtn
 
@@ -77,28 +79,33 @@ def quantize_layer(
     skipped: Mapping[str, str],
     options: QuantOptions,
     dtype: torch.dtype,
-    device: torch.device,
     ranks: Ranks,
+    phases: Phases,
 ) -> LayerResult:
-    """Quantize every planned linear of `weights` (relative names, as stored in the checkpoint).
+    """Quantize every planned linear of `weights` (relative names, as stored in the checkpoint) on their device.
 
-    Of several processes each takes some; the result is whole in the first.
+    Of several processes each takes some; the result is whole in the first. It stays on the device, but on the host
+    where it came by messages.
     """
-    work = {name: tensor.to(device).float() for name, tensor in weights.items()}
+    work = {name: tensor.float() for name, tensor in weights.items()}
     scales: dict[str, Tensor] = {}  # linear -> scale of its input channels
     folded: set[str] = set()
     if options.method == "awq":
-        work, scales, folded = _fold_scales(work, plan, moments, skipped, options, dtype, ranks)
+        with phases("scales"), fast_products():
+            work, scales, folded = _fold_scales(work, plan, moments, skipped, options, dtype, ranks)
 
     planned = {group.site: group for group in plan.groups if group.linears[0] not in skipped}
     mine = ranks.dealt({site: _cost(group, work) for site, group in planned.items()})
+    home = work[next(iter(work))].device if ranks.size == 1 else torch.device("cpu")
     own: dict[str, LayerResult] = {}
     for site in (site for site in planned if site in mine):
         own[site] = LayerResult()
-        for name, linear, report in _quantize_group(planned[site], work, scales, moments, options, dtype):
-            own[site].linears.append(report)
-            packed = pack(linear, options.format)
-            own[site].tensors |= {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
+        parts = _quantize_group(planned[site], work, scales, moments, options, dtype, phases)
+        with phases("pack"):
+            for name, linear, report in parts:
+                own[site].linears.append(report)
+                packed = pack(linear, options.format)
+                own[site].tensors |= {f"{name}.{suffix}": tensor.to(home) for suffix, tensor in packed.items()}
     solved = {site: part for share in ranks.gathered(own) for site, part in share.items()}
     result = LayerResult()
     for part in (solved[site] for site in planned if site in solved):
@@ -107,7 +114,7 @@ def quantize_layer(
     done = {f"{name}.weight" for group in planned.values() for name in group.linears}
     for name, original in weights.items():
         if name not in done:
-            result.tensors[name] = work[name].to(original.dtype).cpu() if name in folded else original
+            result.tensors[name] = (work[name].to(original.dtype) if name in folded else original).to(home)
     return result
 
 
@@ -158,39 +165,46 @@ def _quantize_group(
     moments: Mapping[str, Moments],
     options: QuantOptions,
     dtype: torch.dtype,
+    phases: Phases,
 ) -> list[tuple[str, QuantizedLinear, LinearReport]]:
     weights = [work[f"{name}.weight"] for name in group.linears]
-    stacked_NK = torch.cat(weights)
-    seen = _moments_for(group, moments)
-    method, note = options.method, ""
+    seen, scale_K = _moments_for(group, moments), scales.get(group.linears[0])
+    with phases("solve"):
+        linear, method, note = _solved(torch.cat(weights), seen, scale_K, options, dtype)
     tokens = moments[group.site].tokens if group.site in moments else 0
     if options.calib_samples and not tokens:
-        note = "no calibration token reached this expert; " + (
+        unreached = "no calibration token reached this expert; " + (
             "statistics of all its layer's tokens" if seen else "none used"
         )
-    scale_K = scales.get(group.linears[0])
-    if method == "gptq" and seen is not None:
-        try:
-            linear = gptq(stacked_NK, seen.mean_gram_KK, options.grid, dtype, options.damping)
-        except BadHessian as bad:
-            method, note = "rtn", f"fell back to RTN: {bad}"
-            linear = rtn(stacked_NK, options.grid, dtype, _finite_importance(seen, options))
-    elif method == "awq" and seen is not None:
-        gram_KK = seen.mean_gram_KK if scale_K is None else seen.mean_gram_KK / torch.outer(scale_K, scale_K)
-        linear = rtn(stacked_NK, options.grid, dtype, block_importance(gram_KK, options.grid))
-    else:
-        method = "rtn"
-        linear = rtn(stacked_NK, options.grid, dtype, _finite_importance(seen, options))
+        note = note or unreached
     parts, start = [], 0
-    for name, weight_NK in zip(group.linears, weights, strict=True):
-        stop = start + weight_NK.shape[0]
-        part = QuantizedLinear(
-            linear.q_NK[start:stop], linear.scale_NG[start:stop], linear.zero_NG[start:stop], linear.grid
-        )
-        error = _relative_error(weight_NK, part.dequantize() - weight_NK, seen, scale_K)
-        parts.append((name, part, LinearReport(name, method, error, tokens, note)))
-        start = stop
+    with phases("judge"), fast_products():
+        for name, weight_NK in zip(group.linears, weights, strict=True):
+            stop = start + weight_NK.shape[0]
+            part = QuantizedLinear(
+                linear.q_NK[start:stop], linear.scale_NG[start:stop], linear.zero_NG[start:stop], linear.grid
+            )
+            error = _relative_error(weight_NK, part.dequantize() - weight_NK, seen, scale_K)
+            parts.append((name, part, LinearReport(name, method, error, tokens, note)))
+            start = stop
     return parts
+
+
+def _solved(
+    w_NK: Tensor, seen: Moments | None, scale_K: Tensor | None, options: QuantOptions, dtype: torch.dtype
+) -> tuple[QuantizedLinear, Method, str]:
+    """(the weight on its grid, the method that did it, a note where it is not the one asked for)"""
+    grid = options.grid
+    if options.method == "gptq" and seen is not None:
+        try:
+            return gptq(w_NK, seen.mean_gram_KK, grid, dtype, options.damping), "gptq", ""
+        except BadHessian as bad:
+            return rtn(w_NK, grid, dtype, _finite_importance(seen, options)), "rtn", f"fell back to RTN: {bad}"
+    if options.method == "awq" and seen is not None:
+        gram_KK = seen.mean_gram_KK if scale_K is None else seen.mean_gram_KK / torch.outer(scale_K, scale_K)
+        with fast_products():
+            return rtn(w_NK, grid, dtype, block_importance(gram_KK, grid)), "awq", ""
+    return rtn(w_NK, grid, dtype, _finite_importance(seen, options)), "rtn", ""
 
 
 def _moments_for(group: InputGroup, moments: Mapping[str, Moments]) -> Moments | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -120,15 +121,23 @@ ALONE = Ranks()
 
 
 def local_rank() -> int:
-    """This process's number on its machine, by which it takes a device."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """This process's number on its machine, by which it takes a device. Raises RankLost."""
+    return _number("LOCAL_RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    """What torchrun says in an environment variable. Raises RankLost where that is no number from 0 on."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"[0-9]+", text):
+        raise RankLost(f"{name} is {text!r}, expected a number: start the processes by torchrun, or unset it for one")
+    return int(text)
 
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
     """The processes that torchrun started, or this one alone. device: where this one computes. Raises RankLost."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    size = _number("WORLD_SIZE", 1)
+    if size <= 1:
         yield ALONE
         return
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
@@ -136,6 +145,9 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             f"WORLD_SIZE says {size} processes, but {', '.join(missing)} is not set: start them by torchrun, or unset "
             "WORLD_SIZE for one process"
         )
+    if (rank := _number("RANK", 0)) >= size:
+        raise RankLost(f"RANK is {rank}, but WORLD_SIZE says {size} processes: RANK counts from 0")
+    _number("MASTER_PORT", 0)
     with _heard():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     yield Ranks(dist.get_rank(), size)

@@ -58,7 +58,12 @@ def read_facts(directory: Path) -> Facts:
 
 def facts_of(scheme: Scheme, linears: Mapping[str, tuple[int, int]], config: Mapping[str, Any]) -> Facts:
     """The facts of a checkpoint with this scheme, these packed linears (name -> outputs, inputs) and config.json."""
-    return Facts(scheme, _properties(scheme), linears, next(iter(config.get("architectures") or ()), ""))
+    return Facts(scheme, _properties(scheme), linears, _first(config.get("architectures")))
+
+
+def _first(names: Any) -> str:
+    """The first of a list of names; "" of anything else, as an engine's own choice then stands."""
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
 
 def turbomind_knows(facts: Facts) -> bool:

@@ -117,4 +117,5 @@ def _chat(url: str, content: str, options: dict[str, Any]) -> tuple[str, int]:
         raise NotServed(f"the engine answered {error.code}: {error.read()[:300].decode(errors='replace')}") from error
     except OSError as error:
         raise NotServed(f"the engine did not answer: {error}") from error
-    return str(answer["choices"][0]["message"]["content"]), int(answer["usage"]["completion_tokens"])
+    # null where a parser of the engine's took all of it for reasoning: as good as silent
+    return answer["choices"][0]["message"]["content"] or "", int(answer["usage"]["completion_tokens"])

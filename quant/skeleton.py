@@ -29,15 +29,18 @@ class _LastLayerReached(Exception):
 class Skeleton:
     """The model of a checkpoint, ready to run layer by layer on `device`, in float32: one layer's worth fits."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        """Loads what is outside the layers. Raises UnsupportedModel, BadCheckpoint."""
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, runs_head: bool = True) -> None:
+        """Loads what is outside the layers. Raises UnsupportedModel, BadCheckpoint.
+
+        runs_head: whether `logits` will be asked for; if not, a head with weights of its own takes no memory.
+        """
         self.checkpoint, self.device = checkpoint, device
         self.model = _empty_model(checkpoint)
         self.prefix, self.layers = find_layers(self.model)
         for layer in self.layers:
             unfuse_experts(layer)
         self._check_names()
-        self._load_outside()
+        self._load_outside(runs_head)
         self._arguments: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # by [B, T], by layer
 
     def layer_prefix(self, index: int) -> str:
@@ -120,16 +123,24 @@ class Skeleton:
                 f"({', '.join(lost[:2]) or '-'}), {len(extra)} unknown ({', '.join(extra[:2]) or '-'})"
             )
 
-    def _load_outside(self) -> None:
-        weights = self.checkpoint.tensors(name for name in self.outside_names if not name.endswith(_DERIVED))
-        check_finite(weights)
-        cast = {name: tensor.to(self.device).float() for name, tensor in weights.items()}
+    def _load_outside(self, runs_head: bool) -> None:
+        names = [name for name in self.outside_names if not name.endswith(_DERIVED)]
+        cast: dict[str, Tensor] = {}
+        for name, tensor in self.checkpoint.tensors(names).items():
+            stored = tensor.to(self.device)
+            check_finite({name: stored})
+            if runs_head or name not in self._head_names():
+                cast[name] = stored.float()
         self.model.load_state_dict(cast, strict=False, assign=True)
         self.model.tie_weights()
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module.register_buffer(name, buffer.to(self.device), persistent=False)
         self.model.eval().requires_grad_(False)
+
+    def _head_names(self) -> list[str]:
+        head = self.model.get_output_embeddings()
+        return [f"{name}.weight" for name, module in self.model.named_modules() if module is head]
 
 
 def find_layers(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:

@@ -26,8 +26,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Default: every device a rule knows.")
 @click.option("--original", type=_DIRECTORY, help="Unquantized model: also compare perplexity, KL and first choices.")
 @click.option("--text", type=_FILE, help="Plain text to compare on. Required with --original.")
-@click.option("--samples", type=int, default=16, show_default=True, help="Sequences of the text.")
-@click.option("--tokens", type=int, default=512, show_default=True, help="Tokens of a sequence.")
+@click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences of the text.")
+@click.option("--tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a sequence.")
 @click.option("--adapters", type=_DIRECTORY, multiple=True, help="Adapter, or directory of some: do they survive?")
 @click.option("--serve", is_flag=True, help="Start the installed --engine on it: a short answer, and a long text.")
 @click.option("--static", is_flag=True, help="Configuration and headers only: no torch, no weights read.")
@@ -70,7 +70,9 @@ def verify(
         if adapters:
             result["adapters"] = _survivals(directory, adapters)
             passed = passed and all(row["survives"] for row in result["adapters"])
-        if serve and passed:
+        if serve and not passed:
+            result["not_served"] = "what is found above comes first"
+        elif serve:
             result["served"] = _served(directory, engine, device, original)
             passed = not result["served"]["faults"]
     if as_json:
@@ -123,6 +125,8 @@ def _print(directory: Path, result: dict[str, Any]) -> None:
         )
     if "adapters" in result:
         console.print(_adapter_table(result["adapters"]))
+    if "not_served" in result:
+        console.print(f"not served: {result['not_served']}")
     if "served" in result:
         served = result["served"]
         console.print(f"answer: {served['answer']!r}", soft_wrap=True)

@@ -2,7 +2,8 @@
 
 For each layer: load it, run the calibration sequences through it while its inputs are summed up, quantize, store, and
 run the sequences again through what was stored, so that the next layer is calibrated on what it will really see.
-After a kill, finished layers are read back from their shards and only run. How processes share the work: `ranks.py`.
+The next layer is read and the last one written meanwhile (`streams.py`). After a kill, finished layers are read back
+from their shards and only run. How processes share the work: `ranks.py`.
 """
 
 from __future__ import annotations
@@ -26,11 +27,16 @@ from quant.checkpoint import Checkpoint, dequantized
 from quant.config import QuantOptions
 from quant.errors import BadDevice, UnsupportedModel
 from quant.formats import Scheme, quantization_config
+from quant.host_memory import give_back_memory
 from quant.layer import LayerResult, quantize_layer, sites_of, skip_reasons
 from quant.moments import LastSiteReached, Moments, gathering
+from quant.phases import Phases
 from quant.plan import LayerPlan, make_plan
+from quant.precision import fast_products
 from quant.ranks import ALONE, Ranks, local_rank
 from quant.skeleton import Skeleton, check_finite
+from quant.streams import ReadAhead, WriteBehind
+from quant.warm_up import warm_up
 from quant.workspace import Workspace
 
 _PROBE_TOKENS = 32  # enough to tell a right fold from a wrong one
@@ -64,16 +70,18 @@ def quantize_checkpoint(
     device = resolve_device(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for CUDA graphs and collectives, which take the current one
-    skeleton = Skeleton(source, device)
-    tokens_BT = None
-    if options.calib_samples:
-        tokens_BT = calibration_tokens(
-            options.model, options.calib, options.calib_samples, options.calib_tokens, options.seed
-        )
+    phases = Phases(device)
+    with phases("start"):
+        skeleton = Skeleton(source, device, runs_head=False)
+        tokens_BT = None
+        if options.calib_samples:
+            tokens_BT = calibration_tokens(
+                options.model, options.calib, options.calib_samples, options.calib_tokens, options.seed
+            )
     job = {"options": json.loads(options.model_dump_json(exclude={"device", "batch_tokens", "model", "calib"}))}
     job |= {"source": _source_fingerprint(source), "calibration": None if tokens_BT is None else fingerprint(tokens_BT)}
     with Workspace(out, job) if ranks.is_first else contextlib.nullcontext() as workspace:
-        report = _Walk(options, skeleton, workspace, tokens_BT, device, ranks).run(on_progress)
+        report = _Walk(options, skeleton, workspace, tokens_BT, device, ranks, phases).run(on_progress)
         if workspace:
             _commit(workspace, source, options, report)
     return report
@@ -90,10 +98,11 @@ class _Walk:
         tokens_BT: Tensor | None,
         device: torch.device,
         ranks: Ranks,
+        phases: Phases,
     ) -> None:
         """workspace: the first process's. tokens_BT: of all processes."""
         self.options, self.skeleton, self.workspace, self.device = options, skeleton, workspace, device
-        self.ranks = ranks
+        self.ranks, self.phases = ranks, phases
         self.calibration_tokens = 0 if tokens_BT is None else tokens_BT.numel()
         self.scheme = Scheme(options.format, options.grid, quantization_config(options.format, options.grid, []))
         self.tokens_BT = None if tokens_BT is None else ranks.share(tokens_BT)
@@ -104,34 +113,57 @@ class _Walk:
 
     def run(self, on_progress: Callable[[Progress], None]) -> dict[str, Any]:
         started, started_cpu, layers = time.monotonic(), time.process_time(), len(self.skeleton.layers)
-        entries, fresh_s, fresh = [], 0.0, 0
-        if self.tokens_BT is not None:
-            self.hidden = [self.skeleton.embed(batch).to(self.resting) for batch in self._batches(self.tokens_BT)]
-        for index in range(layers):
-            layer_started, shard = time.monotonic(), shard_name(index)
-            resumed = self.ranks.told(self.workspace is not None and self.workspace.has(shard))
-            entry = self._resume(index, shard) if resumed else self._quantize(index, shard)
-            entries.append(entry)
-            if not resumed:
-                fresh_s, fresh = fresh_s + time.monotonic() - layer_started, fresh + 1
-            eta_s = fresh_s / max(fresh, 1) * (layers - index - 1)
-            worst = max((linear["error"] for linear in entry["linears"]), default=0.0)
-            on_progress(Progress(index + 1, layers, time.monotonic() - started, eta_s, worst, resumed))
-        rest = shard_name(layers)
-        if self.workspace and not self.workspace.has(rest):
-            self.workspace.put(rest, self.skeleton.checkpoint.tensors(self.skeleton.outside_names), None)
+        workspace = self.workspace
+        finished = self.ranks.told([workspace is not None and workspace.has(shard_name(i)) for i in range(layers)])
+        fresh = [index for index in range(layers) if not finished[index]]
+        entries, fresh_s, done = [], 0.0, 0
+        with ReadAhead(self._read, fresh, self.device) as reader, self._writer() as writer:
+            self._write_rest(writer)
+            if fresh and self.device.type == "cuda":
+                with self.phases("warm_up"):
+                    warm_up(self.options.method, self.options.grid, self.skeleton.checkpoint.dtype, self.device)
+            if self.tokens_BT is not None:
+                with self.phases("embed"):
+                    self.hidden = [
+                        self.skeleton.embed(batch).to(self.resting) for batch in self._batches(self.tokens_BT)
+                    ]
+            for index in range(layers):
+                layer_started = time.monotonic()
+                entry = self._resume(index) if finished[index] else self._quantize(index, reader, writer)
+                entries.append(entry)
+                give_back_memory()
+                if not finished[index]:
+                    fresh_s, done = fresh_s + time.monotonic() - layer_started, done + 1
+                eta_s = fresh_s / max(done, 1) * (layers - index - 1)
+                worst = max((linear["error"] for linear in entry["linears"]), default=0.0)
+                on_progress(Progress(index + 1, layers, time.monotonic() - started, eta_s, worst, finished[index]))
+            leaving = time.monotonic()
+        self.phases.add("write", time.monotonic() - leaving)
         return self._report(entries, time.monotonic() - started, time.process_time() - started_cpu)
 
-    def _quantize(self, index: int, shard: str) -> dict[str, Any]:
-        started, prefix, checkpoint = time.monotonic(), self.skeleton.layer_prefix(index), self.skeleton.checkpoint
-        weights = checkpoint.weights(prefix)
-        check_finite({prefix + name: tensor for name, tensor in weights.items()})
+    def _read(self, index: int) -> dict[str, Tensor]:
+        return self.skeleton.checkpoint.weights(self.skeleton.layer_prefix(index))
+
+    def _writer(self) -> contextlib.AbstractContextManager[WriteBehind | None]:
+        return WriteBehind(self.workspace.put) if self.workspace else contextlib.nullcontext()
+
+    def _write_rest(self, writer: WriteBehind | None) -> None:
+        """What is outside the layers: it depends on none, so the disk has it while the first ones are computed."""
+        rest = shard_name(len(self.skeleton.layers))
+        if writer and self.workspace and not self.workspace.has(rest):
+            writer.put(rest, self.skeleton.checkpoint.tensors(self.skeleton.outside_names), None)
+
+    def _quantize(self, index: int, reader: ReadAhead, writer: WriteBehind | None) -> dict[str, Any]:
+        started, prefix, before = time.monotonic(), self.skeleton.layer_prefix(index), self.phases.total()
+        with self.phases("load"):
+            weights = reader.take()
+            check_finite({prefix + name: tensor for name, tensor in weights.items()})
         moments: dict[str, Moments] = {}
-        with self.skeleton.loaded(index, weights) as layer:
+        with self.phases("calibrate"), self.skeleton.loaded(index, weights) as layer:
             plan = self._plan(index, layer)
             if self.hidden:
                 full = self.options.method != "rtn"
-                with _fast_products(), gathering(layer, sites_of(plan), full, plan.last_site) as moments:
+                with fast_products(), gathering(layer, sites_of(plan), full, plan.last_site) as moments:
                     for batch in self.hidden:
                         with contextlib.suppress(LastSiteReached):
                             self.skeleton.run(layer, index, batch.to(self.device))
@@ -141,17 +173,22 @@ class _Walk:
         }
         reasons = skip_reasons(plan, shapes, prefix, self.options)
         result = quantize_layer(
-            weights, plan, moments, reasons, self.options, checkpoint.dtype, self.device, self.ranks
+            weights, plan, moments, reasons, self.options, self.skeleton.checkpoint.dtype, self.ranks, self.phases
         )
-        entry = self._entry(index, plan, result, reasons, time.monotonic() - started)
         stored = {prefix + name: tensor for name, tensor in result.tensors.items()}
-        if self.workspace:
-            self.workspace.put(shard, stored, entry)
+        del weights, moments
+        entry = self._entry(index, plan, result, reasons, time.monotonic() - started)
+        entry["phases_s"] = self.phases.since(before)
+        if writer:
+            with self.phases("write"):
+                writer.put(shard_name(index), stored, entry)
         if self.hidden:
-            self._forward(index, self.ranks.told(stored))
-        return entry
+            with self.phases("forward"):
+                self._forward(index, self.ranks.told(stored))
+        return entry | {"phases_s": self.phases.since(before)}
 
-    def _resume(self, index: int, shard: str) -> dict[str, Any]:
+    def _resume(self, index: int) -> dict[str, Any]:
+        shard = shard_name(index)
         entry: dict[str, Any] = self.ranks.told(self.workspace.notes(shard) if self.workspace else {})
         self.skipped |= entry["skipped"]
         if self.hidden:
@@ -166,7 +203,7 @@ class _Walk:
         moved = {name: tensor.to(self.device) for name, tensor in stored.items()}
         weights = dequantized(moved, self.scheme, self.skeleton.checkpoint.dtype)
         relative = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-        with self.skeleton.loaded(index, relative) as layer, _fast_products():
+        with self.skeleton.loaded(index, relative) as layer, fast_products():
             moved_on = (self.skeleton.run(layer, index, batch.to(self.device)) for batch in self.hidden)
             self.hidden = [batch.to(self.resting) for batch in moved_on]
 
@@ -211,23 +248,13 @@ class _Walk:
             "skipped": self.skipped | {"lm_head": "left alone: output embeddings lose the most"},
             "calibration_tokens": self.calibration_tokens,
             "elapsed_s": round(elapsed_s, 1),
+            "phases_s": self.phases.since({}),
             "cpu_s": round(cpu_s, 1),
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_device_bytes": peak_device,
             "device": str(self.device) if self.ranks.size == 1 else f"{self.ranks.size} x {self.device.type}",
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
-
-
-@contextlib.contextmanager
-def _fast_products() -> Iterator[None]:
-    """Inside, CUDA multiplies float32 matrices in TF32: ten bits of mantissa, still more than the weights' own."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def resolve_device(name: str) -> torch.device:

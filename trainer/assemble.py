@@ -20,7 +20,7 @@ import click
 import torch
 
 from trainer import ranks
-from trainer.checkpoint import CheckpointStore, TrainState, read_weights
+from trainer.checkpoint import CheckpointStore, TrainState, read_weights, write_whole
 from trainer.config import GrpoConfig, TrainConfig
 from trainer.control import PauseRequest
 from trainer.dataset import TokenDataset, prepare
@@ -82,7 +82,7 @@ def assembled(
             state = checkpoints.restore(learner, steps[-1])
         record = _record(config, datasets, learner, total_steps)
         if ranks.is_first() and not (directory / RECORD).exists():
-            (directory / RECORD).write_text(json.dumps(record, indent=2))
+            write_whole(directory / RECORD, json.dumps(record, indent=2))
         events.write("resumed" if state.step else "started", step=state.step, total_steps=total_steps)
         background = stack.enter_context(ThreadPoolExecutor(1))
         run = Training(

@@ -165,14 +165,22 @@ def _read_optimizer(learner: Learner, file: Path) -> None:
 
 
 def _replace_text(file: Path, text: str) -> None:
+    try:
+        write_whole(file, text)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be renewed: {error}; it is as it was") from error
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write it beside its place and rename it: whoever reads finds all of it, or what was there. Raises OSError."""
     partial = file.with_suffix(".partial")
     try:
         partial.write_text(text)
         sync(partial)
         partial.rename(file)
-    except OSError as error:
+    except OSError:
         partial.unlink(missing_ok=True)
-        raise CheckpointError(f"{file} cannot be renewed: {error}; it is as it was") from error
+        raise
 
 
 def sync(path: Path) -> None:

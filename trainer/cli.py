@@ -20,7 +20,7 @@ from trainer import config as configs
 from trainer import extras, graders
 from trainer.control import PauseRequest
 from trainer.data import validate
-from trainer.errors import TrainError
+from trainer.errors import TOLD, ConfigError, TrainError
 from trainer.formats import FormatName, Prompt, parse_conversation, parse_labelled, parse_preference, parse_prompt
 from trainer.launch import EXIT_PAUSED, launch
 from trainer.swift import import_command
@@ -69,11 +69,12 @@ def _method_command(method: str, schema: type[configs.TrainConfig]) -> click.Com
 @train.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--processes", type=_PROCESSES, help=_PROCESSES_HELP)
-def resume(run_dir: Path, processes: int | None) -> None:
+@click.option("--gateway-url", help="Of a grpo run: where the gateway that samples is now. Default: where it was.")
+def resume(run_dir: Path, processes: int | None, gateway_url: str | None) -> None:
     """Go on with a paused, killed or failed run, exactly where its last checkpoint stands."""
     with _shown_as_click_error():
         _launch(processes)
-        _exit(_runs().resume(run_dir), run_dir)
+        _exit(_runs().resume(run_dir, gateway_url), run_dir)
 
 
 @train.command()
@@ -187,6 +188,9 @@ class _shown_as_click_error:  # reads as a function where it is used
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, TrainError | OSError):
             rank = os.environ.get("RANK", "0")
+            # All processes have the same configuration; what one of several met alone, it tells.
+            if rank != "0" and (isinstance(error, ConfigError) or TOLD in getattr(error, "__notes__", ())):
+                sys.exit(1)
             raise click.ClickException(str(error) if rank == "0" else f"process {rank}: {error}") from error
 
 

@@ -14,6 +14,9 @@ TrainError
 
 from __future__ import annotations
 
+# A note on an error that the first process of a run meets too, and tells.
+TOLD = "told by the first process"
+
 
 class TrainError(Exception):
     """Base of all errors shown to the user as one message."""

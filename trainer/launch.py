@@ -17,6 +17,8 @@ from types import FrameType
 from backends import lifeline
 from trainer.control import SIGNALS
 
+# What a process is told beside what torchrun would say: the first the descriptor of the socket where they meet.
+MEETING = "TUNEGATE_MEETING_FD"
 EXIT_PAUSED = 75  # EX_TEMPFAIL: run `train resume` to go on
 _GRACE_S = 30.0  # for the others, once one has failed; they hear of it by the connection that it held
 _POLL_S = 0.1
@@ -26,26 +28,28 @@ Process = subprocess.Popen[bytes]
 
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run `python -m trainer ARGUMENTS` as so many processes; 0, or 75 where the run paused, or 1 where one failed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // count))
-    world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes: list[Process] = []
     with _passed_on(processes):
-        for rank in range(count):
-            # They pause where this process dies.
-            tied = functools.partial(lifeline.end_with_parent, signal.SIGTERM, os.getpid())
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # A group of its own, so that Ctrl-C reaches it once: through here.
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "trainer", *arguments],
-                    env={"OMP_NUM_THREADS": threads} | os.environ | world | place,
-                    process_group=0,
-                    preexec_fn=tied,
+        # Where they meet. It listens already and is handed to the first of them: nobody can take its port meanwhile.
+        with socket.create_server(("127.0.0.1", 0)) as meeting:
+            world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+            world["MASTER_PORT"] = str(meeting.getsockname()[1])
+            for rank in range(count):
+                # They pause where this process dies.
+                tied = functools.partial(lifeline.end_with_parent, signal.SIGTERM, os.getpid())
+                handed = () if rank else (meeting.fileno(),)
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), MEETING: ",".join(map(str, handed))}
+                # A group of its own, so that Ctrl-C reaches it once: through here.
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "trainer", *arguments],
+                        env={"OMP_NUM_THREADS": threads} | os.environ | world | place,
+                        process_group=0,
+                        preexec_fn=tied,
+                        pass_fds=handed,
+                    )
                 )
-            )
         statuses = _ended(processes)
     return 1 if set(statuses) - {0, EXIT_PAUSED} else max(statuses)
 

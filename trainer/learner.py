@@ -59,7 +59,10 @@ class Learner:
         """Have the gradients of all processes where the optimizer looks for them; their norm over the whole model."""
         whole = {name: p for name, p in self.parameters.items() if not sharding.is_sharded(p)}
         ranks.sum_gradients(whole.values())
-        norm: torch.Tensor = torch.nn.utils.get_total_norm([p.grad for p in whole.values() if p.grad is not None])
+        gradients = [p.grad for p in whole.values() if p.grad is not None]
+        norm = torch.zeros((), device=self.base.device)  # where torch's own norm of nothing is on the host
+        if gradients:
+            norm = torch.nn.utils.get_total_norm(gradients)
         parts = []
         for name, parameter in self.parameters.items():
             if name in whole:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.config import TrainConfig
-from trainer.errors import ConfigError, ModelError, RunError, TrainError
+from trainer.errors import TOLD, ConfigError, ModelError, RunError, TrainError
+from trainer.launch import MEETING
 
 # For the first process to tokenise or to hash while the others wait; one that dies is noticed at once.
 _PATIENCE = timedelta(hours=2)
@@ -54,13 +55,31 @@ def joined(config: TrainConfig) -> Iterator[None]:
         torch.cuda.set_device(device)
     try:
         with _heard():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE, **_meeting(processes)
+            )
     except ValueError as error:  # WORLD_SIZE alone says nothing of the others
         raise ConfigError(f"{error}; add --processes N, or start them by torchrun") from error
     yield
     # One that fails leaves at once, so that the others hear of it; those that are done go together.
     wait()
     dist.destroy_process_group()
+
+
+def _meeting(processes: int) -> dict[str, Any]:
+    """Where they meet: nothing where torchrun's environment says it all, else the socket that `launch.py` opened."""
+    if MEETING not in os.environ:
+        return {}
+    descriptor, address, port = (os.environ[name] for name in (MEETING, "MASTER_ADDR", "MASTER_PORT"))
+    store = dist.TCPStore(
+        address,
+        int(port),
+        processes,
+        is_master=bool(descriptor),
+        timeout=_PATIENCE,
+        master_listen_fd=int(descriptor) if descriptor else None,
+    )
+    return {"store": store, "rank": int(os.environ["RANK"]), "world_size": processes}
 
 
 def _processes(config: TrainConfig) -> int:
@@ -125,6 +144,8 @@ def lead(do: Callable[[], T]) -> T:
         dist.broadcast_object_list(said, src=0, device=_HOST)
     result, failure = said
     if isinstance(failure, BaseException):
+        if not is_first():
+            failure.add_note(TOLD)
         raise failure
     return result  # type: ignore[return-value]  # what `do` returned, in the first process
 

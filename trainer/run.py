@@ -23,7 +23,8 @@ import torch
 from trainer import config as configs
 from trainer import ranks
 from trainer.assemble import CONFIG, EVENTS, RECORD, assembled, result_directory
-from trainer.config import TrainConfig
+from trainer.checkpoint import write_whole
+from trainer.config import GrpoConfig, TrainConfig
 from trainer.control import PauseRequest
 from trainer.errors import RunError, TrainError
 from trainer.events import EventLog
@@ -54,8 +55,11 @@ def start(config: TrainConfig) -> Ending:
         return _run(config)
 
 
-def resume(directory: Path) -> Ending:
-    """Go on with a paused, killed or failed run, from its newest checkpoint. Raises TrainError."""
+def resume(directory: Path, gateway_url: str | None = None) -> Ending:
+    """Go on with a paused, killed or failed run, from its newest checkpoint. Raises TrainError.
+
+    gateway_url: of a run that samples, instead of the one that it began with.
+    """
     if not (directory / CONFIG).is_file():
         raise RunError(f"{directory} holds no run: it has no {CONFIG}")
     config = configs.reload(directory / CONFIG)
@@ -63,6 +67,12 @@ def resume(directory: Path) -> Ending:
     if directory.absolute() != config.output_dir:
         # The run was moved as a whole.
         config = config.model_copy(update={"output_dir": directory.absolute()})
+    if gateway_url is not None:
+        if not isinstance(config, GrpoConfig):
+            raise RunError(
+                f"--gateway-url is for grpo, whose answers a gateway samples; {directory} is {config.method}"
+            )
+        config = config.model_copy(update={"gateway_url": gateway_url})
     with ranks.joined(config), ExitStack() as stack:
 
         def go_on() -> None:
@@ -150,7 +160,7 @@ def _begin(config: TrainConfig) -> None:
     """A directory in which nothing was trained yet."""
     for leftover in ("data", "eval"):
         shutil.rmtree(config.output_dir / leftover, ignore_errors=True)
-    (config.output_dir / CONFIG).write_text(configs.dump(config))
+    write_whole(config.output_dir / CONFIG, configs.dump(config))
 
 
 def _begin_or_check(config: TrainConfig) -> None:

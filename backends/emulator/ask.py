@@ -35,6 +35,7 @@ class Ask:
     weights: str = ""  # content hash of the adapter that answers, "" for the base
     adapter: str | None = None  # its name in the engine
     cold: bool = False  # the adapter has to be read from disk first
+    keeps_seed: bool = True
 
     def get(self, key: str, default: Any = None) -> Any:
         """A field of the body; null counts as absent."""
@@ -98,7 +99,7 @@ class Ask:
     @property
     def variant(self) -> str:
         """What sampling adds to the model's determinism: the seed, where the temperature lets it count."""
-        return str(self.get("seed", "")) if self.get("temperature", 1) else ""
+        return str(self.get("seed", "")) if self.keeps_seed and self.get("temperature", 1) else ""
 
 
 def chat_prompt(messages: list[Any], continued: bool) -> Prompt:

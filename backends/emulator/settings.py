@@ -38,6 +38,7 @@ class Settings:
     embeddings: bool = False
     metrics: bool = True
     logprobs: bool = True
+    seeds: bool = True  # a request's `seed` counts
     backend: str = "pytorch"  # LMDeploy's: pytorch or turbomind
 
 
@@ -155,6 +156,7 @@ def _sglang(given: _Arguments) -> Settings:
         tool_parser=bool(given["tool-call-parser"]),
         embeddings=bool(given["is-embedding"]),
         metrics=bool(given["enable-metrics"]),
+        seeds=bool(given["enable-deterministic-inference"]),
     )
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fastapi import APIRouter
 
 from gateway.control import views
 from gateway.control.core import Core
-from gateway.control.replica import Replica
+from gateway.control.estate import Estate
+from gateway.control.replica import OPERATOR, Replica
 from gateway.errors import NotFound
 
-_OPERATOR = "operator"
+_log = logging.getLogger(__name__)
 
 
-def routes(core: Core) -> APIRouter:
-    """List replicas; drain and resume one."""
-    router = APIRouter()
+def routes(estate: Estate) -> APIRouter:
+    """List replicas; drain and resume one, which holds until the gateway ends."""
+    router, core = APIRouter(), estate.core
 
     @router.get("/admin/replicas")
     async def list_replicas() -> dict[str, Any]:
@@ -25,14 +27,18 @@ def routes(core: Core) -> APIRouter:
     @router.post("/admin/replicas/{id}/drain")
     async def drain_replica(id: str) -> dict[str, Any]:
         replica = _find(core, id)
-        replica.drain(_OPERATOR)
+        _log.info("%s is drained by the operator", replica.id)
+        replica.drain(OPERATOR)
+        estate.note_drained()
         await core.published()
         return views.replica(replica)
 
     @router.post("/admin/replicas/{id}/resume")
     async def resume_replica(id: str) -> dict[str, Any]:
         replica = _find(core, id)
-        replica.resume(_OPERATOR)
+        _log.info("%s is put back by the operator", replica.id)
+        replica.resume(OPERATOR)
+        estate.note_drained()
         await core.published()
         return views.replica(replica)
 

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Query, Request
 
-from gateway.api import bodies
 from gateway.api.versions import Who
-from gateway.errors import InvalidRequest, PayloadTooLarge
+from gateway.errors import InvalidRequest
 from gateway.tuning import views
 from gateway.tuning.jobs import Jobs
 
@@ -59,15 +58,9 @@ def routes(jobs: Jobs) -> APIRouter:
 
 
 async def read_json(request: Request) -> Any:
-    """The decoded body. Raises InvalidRequest, PayloadTooLarge."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > bodies.MAX_BYTES:  # one that calls itself multipart comes here unread
-            request.state.unread_body = True
-            raise PayloadTooLarge(f"the body is over {bodies.MAX_BYTES} bytes")
+    """The decoded body. Raises InvalidRequest."""
     try:
-        return msgspec.json.decode(body)
+        return msgspec.json.decode(await request.body())
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
 

@@ -49,15 +49,25 @@ def switch(engine: str, url: str, api_key: str | None, **options: Any) -> None:
     given = {name: value for name, value in options.items() if value not in (None, ())}
     answer = client.call("POST", "/admin/backend", json=given | {"backend": engine})
     said = ""
-    while (phase := answer["switch"]["phase"]) not in ("done", "failed"):
+    while (phase := _phase(answer)) not in ("done", "failed"):
         if phase != said:
             click.echo(f"{phase} …", err=True)
             said = phase
         time.sleep(_POLL_S)
         answer = client.call("GET", "/admin/backend")
     if phase == "failed":
-        raise click.ClickException(f"{answer['backend']} serves on: {answer['switch']['reason']}")
+        raise click.ClickException(f"not switched to {engine}: {answer['switch']['reason']}")
     click.echo(f"{engine} serves, after {answer['switch']['seconds']:g} s")
+
+
+def _phase(answer: Any) -> str:
+    """How far the switch is. Raises ClickException where the gateway knows of none any more."""
+    if answer["switch"] is None:
+        raise click.ClickException(
+            f"the gateway's control process was started again meanwhile, and goes on with {answer['backend']}; see "
+            "`gateway backend show`, and switch again if that is not the one"
+        )
+    return str(answer["switch"]["phase"])
 
 
 @click.command("reload")

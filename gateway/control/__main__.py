@@ -24,11 +24,12 @@ from backends.base import BackendError
 from gateway.config import ConfigError
 from gateway.control import wiring
 from gateway.control.hosting import end_others
-from gateway.control.log import JsonLines
+from gateway.control.log import Aside, JsonLines
 from gateway.control.running import Notebook
 from gateway.control.store import StoreUnavailable
 from gateway.errors import StorageFull
 
+_STDERR = 2
 _CONFIG_REFUSED = 2  # exit status: starting it again would not help
 _OPEN_REQUESTS_S = 5  # for requests in flight when control stops
 
@@ -36,7 +37,7 @@ _OPEN_REQUESTS_S = 5  # for requests in flight when control stops
 def main() -> None:
     """Run until SIGTERM."""
     args = _arguments()
-    handler = logging.StreamHandler()
+    handler = Aside(_STDERR)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("httpx2").setLevel(logging.WARNING)

@@ -22,7 +22,7 @@ def create(service: Service, adapter_roots: Sequence[Path], estate: Estate, more
     app.include_router(models.routes(service))
     app.include_router(adapters.routes(service, adapter_roots))
     app.include_router(versions.routes(service))
-    app.include_router(admin.routes(service.core))
+    app.include_router(admin.routes(estate))
     app.include_router(backend.routes(estate))
     app.include_router(keys.routes(service.core))
     app.include_router(residency.routes(service))

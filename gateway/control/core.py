@@ -133,6 +133,7 @@ class Core:
 
     async def remove(self, replica: Replica) -> None:
         """Stop a replica for good. What is in flight there breaks: drain it first."""
+        self._reconciler.spare(replica.id)
         await self.fleet.remove(replica)
         self._reconciler.forget(replica.id)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from backends.base import Backend
@@ -32,6 +33,7 @@ class Fleet:
         self._on_change = on_change
         self._members: dict[str, _Member] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._ending: list[Replica] = []  # no replicas any more; their engines are being stopped
         self._broken: asyncio.Future[None] | None = None  # while running: the first defect of a supervisor
 
     def __repr__(self) -> str:
@@ -56,8 +58,12 @@ class Fleet:
             task.cancel()
             await asyncio.wait([task])
         self.replicas.remove(replica)
+        self._ending.append(replica)
         self._on_change()
-        await asyncio.to_thread(member.host.close, self._timings.stop_grace_s)
+        try:
+            await asyncio.to_thread(member.host.close, self._timings.stop_grace_s)
+        finally:
+            self._ending.remove(replica)
 
     async def run(self) -> None:
         """Keep all replicas running until cancelled, which leaves the engines running. Raises a supervisor's defect."""
@@ -77,10 +83,26 @@ class Fleet:
         hosts = [member.host for member in self._members.values()]
         await asyncio.gather(*(asyncio.to_thread(host.close, self._timings.stop_grace_s) for host in hosts))
 
-    def free_indices(self, count: int) -> list[int]:
-        """The lowest rows that no replica has."""
-        taken = {replica.index for replica in self.replicas}
-        return [index for index in range(count + len(taken)) if index not in taken][:count]
+    def free_indices(self, count: int, shares: int = 1, leaving: Collection[str] = ()) -> list[int]:
+        """Rows that no replica has, for new ones: each with the share of the devices that fewest replicas use.
+
+        shares: a replica uses the one of its row modulo this (hosting.shares_of). leaving: ids of replicas that drain
+        to be stopped; theirs go before those of replicas that stay. Of equals the lowest. What is being stopped has
+        its row until it is gone: the next of that number would find its engine, and take it for its own.
+        """
+        going = [*self._ending, *(replica for replica in self.replicas if replica.id in leaving)]
+        staying = [replica for replica in self.replicas if replica.id not in leaving]
+        taken = {replica.index for replica in [*going, *staying]}
+        stay = Counter(replica.index % shares for replica in staying)
+        leave = Counter(replica.index % shares for replica in going)
+        chosen: list[int] = []
+        for _ in range(count):
+            free = [index for index in range((len(taken) + 1) * shares) if index not in taken]
+            index = min(free, key=lambda index: (stay[index % shares], leave[index % shares], index))
+            taken.add(index)
+            stay[index % shares] += 1
+            chosen.append(index)
+        return chosen
 
     def _supervise(self, id: str) -> None:
         task = asyncio.create_task(self._members[id].supervisor.run())

@@ -14,7 +14,7 @@ from typing import Literal
 
 import httpx2
 
-from backends.base import AdapterRejected, Backend
+from backends.base import AdapterRejected, Backend, EngineBusy
 from gateway.adapters.golden import Golden, Reference, read_reference
 from gateway.errors import InvalidRequest
 
@@ -69,12 +69,14 @@ class Gate:
         """Ask a replica for the golden prompts of an adapter that it has loaded; what was seen, in words.
 
         adapter: its name at the engine. Empty when there is nothing to hold it against.
-        Raises AdapterRejected with the figures, EngineBusy, EngineUnreachable, OSError.
+        Raises AdapterRejected with the figures, EngineBusy, EngineUnreachable.
         """
         try:
             reference = await asyncio.to_thread(read_reference, directory)
         except InvalidRequest as error:
             raise AdapterRejected(str(error)) from error
+        except OSError as error:  # says nothing of the adapter; to be tried again
+            raise EngineBusy(f"its golden prompts cannot be read: {error}") from error
         tolerance = self.tolerance(reference)
         goldens = [golden for golden in reference.goldens if replica.fits(golden)]
         if not goldens or tolerance is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 
 import httpx2
@@ -13,6 +14,7 @@ from gateway.observe.loads import Loads
 
 _EVERY_S = 1.0
 _TIMEOUT_S = 2.0
+_NO_SUCH_PAGE = (404, 405, 501)
 
 
 async def gauge(replicas: Sequence[Replica], loads: Loads) -> None:
@@ -25,18 +27,29 @@ async def gauge(replicas: Sequence[Replica], loads: Loads) -> None:
         await asyncio.sleep(_EVERY_S)
 
 
+class Silent(Exception):
+    """An engine does not say how busy it is, though it may be; the message says how that showed."""
+
+
 async def ask(replica: Replica) -> load.Load | None:
-    """How busy a replica's engine says it is; None where it does not say."""
+    """How busy a replica's engine says it is; None where it has no such page. Raises Silent."""
     client, backend = replica.client, replica.backend
     if client is None or backend is None:
-        return None
+        raise Silent("it is starting again")
     try:
         answer = await client.get(load.PATH, timeout=_TIMEOUT_S)
-    except (httpx2.HTTPError, RuntimeError):  # its supervisor may close the client meanwhile
+    except httpx2.TimeoutException as error:
+        raise Silent(f"it did not answer {load.PATH} within {_TIMEOUT_S:g} s") from error
+    except (httpx2.HTTPError, RuntimeError) as error:  # its supervisor may close the client meanwhile
+        raise Silent(f"it did not answer {load.PATH}: {error}") from error
+    if answer.status_code in _NO_SUCH_PAGE:
         return None
-    return load.read(backend.name, answer.text) if answer.status_code == 200 else None
+    if answer.status_code != 200:
+        raise Silent(f"it answered {load.PATH} by {answer.status_code}")
+    return load.read(backend.name, answer.text)
 
 
 async def _note(replica: Replica, loads: Loads) -> None:
-    if said := await ask(replica):
-        loads.write(replica.index, said.waiting, said.kv_used)
+    with contextlib.suppress(Silent):
+        if said := await ask(replica):
+            loads.write(replica.index, said.waiting, said.kv_used)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,7 @@ from typing import Protocol
 import httpx2
 
 from backends import process, registry, upstream
-from backends.base import Backend, BackendError, Endpoint
+from backends.base import Backend, BackendError, Endpoint, EngineUnreachable
 from backends.spec import EngineSpec
 from gateway.config import ConfigError
 
@@ -89,6 +89,7 @@ class LocalHost:
         # A cancelled start goes on in its thread: closing waits for it, and then ends what it started.
         self._lock = threading.Lock()
         self._closed = False
+        self._cold = False  # started by us, and not warmed up yet
 
     def adopt(self) -> Engine | None:
         with self._lock:
@@ -98,16 +99,30 @@ class LocalHost:
         with self._lock:
             if self._closed:
                 raise process.EngineStartError(f"{self._id} is not started: the gateway stops")
-            endpoint = Endpoint("127.0.0.1", process.free_port(), secrets.token_urlsafe(32))
-            launch = self._backend.launch(self._spec, self._executable, endpoint, adapters)
-            launch = dataclasses.replace(launch, env={**launch.env, **self._env})
-            log = self._place.log_dir / f"engine-{self._id}.log"
-            return process.start(
-                self._id, self._place.run_dir, log, launch, endpoint, self._place.main_pid, self._place.stop_grace_s
-            )
+            self._cold = True
+            try:
+                return self._start(adapters)
+            except OSError as error:  # no memory, descriptors or disk for another process, at this moment
+                raise process.EngineStartError(f"cannot start {self._id}: {error}") from error
+
+    def _start(self, adapters: Mapping[str, Path]) -> Engine:
+        place = self._place
+        endpoint = Endpoint("127.0.0.1", process.free_port(), secrets.token_urlsafe(32))
+        launch = self._backend.launch(self._spec, self._executable, endpoint, adapters)
+        launch = dataclasses.replace(launch, env={**launch.env, **self._env})
+        log = place.log_dir / f"engine-{self._id}.log"
+        return process.start(self._id, place.run_dir, log, launch, endpoint, place.main_pid, place.stop_grace_s)
 
     async def ready(self, client: httpx2.AsyncClient) -> Backend | None:
-        return self._backend if await self._backend.is_ready(client) else None
+        if not await self._backend.is_ready(client):
+            return None
+        if self._cold:
+            try:
+                await self._backend.warm_up(client, self._spec)
+            except EngineUnreachable:
+                return None
+            self._cold = False
+        return self._backend
 
     def cause(self, log_tail: str) -> str | None:
         return self._backend.start_failure(log_tail)
@@ -187,25 +202,31 @@ def gpu_names(visible: str | None, installed: int) -> list[str]:
     return [name.strip() for name in visible.split(",") if name.strip()]
 
 
-def gpus_of(index: int, replicas: int, spec: EngineSpec, visible: str | None, installed: int) -> dict[str, str]:
-    """The environment that gives the replica of this index its GPUs, after those of the replicas before it.
+def shares_of(replicas: int, spec: EngineSpec, visible: str | None, installed: int) -> list[str]:
+    """The GPUs of each replica that they hold side by side, as CUDA_VISIBLE_DEVICES has them.
 
-    replicas: how many are to serve. Indices beyond what there is begin at the first GPU again: what takes over from
-    others runs beside them for a while. visible: CUDA_VISIBLE_DEVICES as it is for the gateway; its order is kept.
-    None: all `installed` ones (0: nobody knows, so there are taken to be enough). Raises ConfigError when there are
-    too few for all: an engine would only say that there is no CUDA device.
+    replicas: how many are to serve. visible: CUDA_VISIBLE_DEVICES as it is for the gateway; its order is kept. None:
+    all `installed` ones (0: nobody knows, so there are taken to be enough). Raises ConfigError when there are too few
+    for all: an engine would only say that there is no CUDA device.
     """
     count = spec.tensor_parallel * spec.pipeline_parallel
     names = gpu_names(visible, installed or replicas * count)
-    shares = len(names) // count
-    if shares < replicas:
+    shares = [",".join(names[first : first + count]) for first in range(0, len(names) - count + 1, count)]
+    if len(shares) < replicas:
         where = "this machine" if visible is None else f"CUDA_VISIBLE_DEVICES={visible}"
         raise ConfigError(
             f"--replicas {replicas} needs {replicas * count} GPUs, {where} has {len(names)}; lower --replicas, --tp "
             "or --pp"
         )
-    first = index % shares * count
-    return {"CUDA_VISIBLE_DEVICES": ",".join(names[first : first + count])}
+    return shares
+
+
+def gpus_of(index: int, shares: Sequence[str]) -> dict[str, str]:
+    """The environment that gives the replica of this index its share of the GPUs.
+
+    Indices beyond the last share begin at the first again: what takes over from others may run beside them for a while.
+    """
+    return {"CUDA_VISIBLE_DEVICES": shares[index % len(shares)]}
 
 
 def _endpoint(url: str, api_key: str) -> Endpoint:

@@ -163,7 +163,7 @@ class Publisher:
                 writer.writelines(lines)
                 async with asyncio.timeout(_SEND_LIMIT_S):
                     await writer.drain()
-        writer.close()
+        writer.transport.abort()  # closing would wait until it reads, and everybody with it who waits for all relays
 
     @property
     def _version(self) -> int:

@@ -70,6 +70,7 @@ class Reconciler:
         self._wakes: dict[str, asyncio.Event] = {}
         self._proving: dict[str, str] = {}  # content id -> the one replica that tries it first
         self._deaths: Counter[str] = Counter()
+        self._stopping: set[str] = set()  # replicas that are being stopped for good
         self._rolling: str | None = None  # the one replica that is started again for its adapters
 
     def wake(self) -> None:
@@ -77,9 +78,14 @@ class Reconciler:
         for wake in self._wakes.values():
             wake.set()
 
+    def spare(self, replica_id: str) -> None:
+        """That replica is about to be stopped: what it tries at the moment is not to blame for its end."""
+        self._stopping.add(replica_id)
+
     def forget(self, replica_id: str) -> None:
         """That replica is gone for good."""
         self._wakes.pop(replica_id, None)
+        self._stopping.discard(replica_id)
         if self._rolling == replica_id:
             self._rolling = None
             self.wake()
@@ -200,7 +206,7 @@ class Reconciler:
         started_s = time.monotonic()
         if unproven:
             self._proving[content_id] = replica.id
-            self._deaths[content_id] += 1  # taken back unless the engine dies or hangs, which also cancels us
+            self._deaths[content_id] += 1  # taken back unless the engine dies or hangs, which cancels us
         try:
             if load:
                 replica.set_adapter(content_id, AdapterState.LOADING)
@@ -220,6 +226,10 @@ class Reconciler:
                 self._deaths[content_id] -= 1
             replica.set_adapter(content_id, AdapterState.VERIFYING, str(error))
             refusals[content_id] = self._refusal(refusals.get(content_id))
+        except asyncio.CancelledError:
+            if unproven and replica.id in self._stopping:
+                self._deaths[content_id] -= 1
+            raise
         except EngineUnreachable as error:
             replica.set_adapter(content_id, AdapterState.LOADING, str(error))
             replica.request_restart(f"it did not take {content_id}: {error}")

@@ -128,7 +128,10 @@ class Registry:
                     await self._set_state(version, VersionState.VALIDATED, "")
                 if cause is not None:
                     await self.aim(version, cause)
-                return self.adapters[name].versions[version.version], again
+                adapter = self.adapters.get(name)
+                if adapter is None or version.version not in adapter.versions:
+                    raise Conflict(f"{name}@v{version.version} was deleted meanwhile; send it again")
+                return adapter.versions[version.version], again
         new = NewVersion(
             content_id=stored.content_id,
             sha256=stored.sha256,
@@ -158,7 +161,9 @@ class Registry:
 
     async def aim(self, version: Version, cause: Cause, seen: Adapter | None = None) -> None:
         """Have the name point to this version as soon as replicas have it. seen: see `promote`."""
-        adapter = self.adapters[version.name]
+        adapter = self.adapters.get(version.name)
+        if adapter is None:
+            return  # deleted meanwhile
         if adapter.current != version.version or adapter.coming is not None:
             await self._write(version.name, functools.partial(self._store.set_coming, version, cause, seen))
 

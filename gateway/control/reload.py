@@ -8,7 +8,7 @@ from typing import Any
 from gateway import config as configuration
 from gateway.config import ConfigError, ServeConfig
 from gateway.control.estate import CannotStart, Estate
-from gateway.errors import Conflict, InvalidRequest
+from gateway.errors import InvalidRequest
 from gateway.preflight import check_tls
 from gateway.snapshot import Limits
 
@@ -27,10 +27,11 @@ class Reload:
         self._estate = estate
 
     async def run(self) -> dict[str, Any]:
-        """Read, judge and apply; what changed. Raises InvalidRequest with every fault, and then nothing has changed."""
-        if self._estate.lock.locked():
-            raise Conflict("another change of the replicas is under way; try again when it has ended")
-        async with self._estate.lock:
+        """Read, judge and apply; what changed.
+
+        Raises Conflict, and InvalidRequest with every fault; then nothing has changed.
+        """
+        with self._estate.changing():
             running = self._estate.running
             declared = self._judged(running.file, running.flags)
             changes = changed(running.declared, declared)
@@ -39,7 +40,11 @@ class Reload:
             self._estate.note(
                 running.model_copy(update={"config": config, "declared": declared}), self._staying(config)
             )
-            return {"object": "reload", "changed": {name: _shown(name, config) for name in sorted(changes)}}
+            shown = {name: _shown(name, config) for name in sorted(changes)}
+            _log.info(
+                "reloaded: %s", ", ".join(f"{name} {value}" for name, value in shown.items()) or "nothing differs"
+            )
+            return {"object": "reload", "changed": shown}
 
     def _judged(self, file: Any, flags: dict[str, Any]) -> ServeConfig:
         """The configuration as it is now, if all of it can be applied. Raises InvalidRequest."""

@@ -10,6 +10,8 @@ import httpx2
 
 from backends.base import Backend, Endpoint
 
+OPERATOR = "operator"  # who drains a replica by hand
+
 
 class State(StrEnum):
     """Where a replica is in its life."""
@@ -138,6 +140,10 @@ class Replica:
         if self._adapters.pop(content_id, None):
             self._changed.add(content_id)
             self._on_change()
+
+    def is_drained(self, by: str) -> bool:
+        """Whether it is out of traffic for this purpose."""
+        return by in self._drains
 
     def drain(self, by: str) -> None:
         """Take it out of traffic for one purpose; it returns when no purpose is left."""

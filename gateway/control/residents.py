@@ -215,6 +215,7 @@ class Residents:
     def _take_back_rows(self) -> None:
         for replica in self._replicas:
             self.rows.release(replica.id, tuple(replica.adapters))
+        self.rows.release_others({replica.id for replica in self._replicas})
 
     def _seat(self, replica: Replica, now_s: float) -> Seat:
         held = {}

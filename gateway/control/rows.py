@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from gateway.observe.cells import ADAPTER_ROW, ADAPTER_ROW_CELLS, MAX_ADAPTER_ROWS
 
@@ -36,7 +36,14 @@ class Rows:
 
     def release(self, replica: str, kept: Sequence[str]) -> None:
         """Take back the rows of what is on the replica no more. Those with requests in flight keep theirs."""
-        for place in [p for p in self._rows if p[0] == replica and p[1] is not None and p[1] not in kept]:
+        self._take_back([p for p in self._rows if p[0] == replica and p[1] is not None and p[1] not in kept])
+
+    def release_others(self, replicas: Collection[str]) -> None:
+        """The same of all replicas but these: they are gone, the base with them."""
+        self._take_back([place for place in self._rows if place[0] not in replicas])
+
+    def _take_back(self, places: Sequence[Place]) -> None:
+        for place in places:
             row = self._rows[place]
             if row == _SHARED or not self._read(_cell(row)):
                 del self._rows[place], self._ever[place]

@@ -24,6 +24,7 @@ class Running(BaseModel):
     file: Path | None = None  # of --config
     flags: dict[str, Any] = {}  # which win over the file
     replicas: tuple[int, ...] | None = None  # their numbers; None: from 0 on
+    drained: tuple[int, ...] = ()  # those that an operator has taken out of traffic
 
     @classmethod
     def of(cls, config: ServeConfig, file: Path | None = None, flags: dict[str, Any] | None = None) -> Running:
@@ -45,12 +46,12 @@ class Notebook:
     def read(self) -> Running:
         """The last whole line. Raises OSError, and ValueError for what is none."""
         *lines, _ = self._path.read_bytes().split(b"\n")
-        return Running.model_validate_json(lines[-1] if lines else b"")
+        return Running.model_validate_json(next(filter(None, reversed(lines)), b""))
 
     def write(self, running: Running) -> None:
         """Make this what the next control process goes on with. Raises OSError."""
         with self._path.open("ab") as file:
-            file.write(line(running))
+            file.write(b"\n" + line(running))  # whoever wrote before may have been killed within a line
 
 
 def line(running: Running) -> bytes:

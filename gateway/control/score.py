@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import math
 import os
 import signal
 from dataclasses import dataclass
 from typing import Any
+
+from backends import lifeline
 
 _SHOWN_CHARACTERS = 500  # of what the command printed, in messages
 
@@ -36,6 +39,7 @@ class ScoreCommand:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 start_new_session=True,
+                preexec_fn=functools.partial(lifeline.end_with_parent, signal.SIGKILL, os.getpid()),
             )
         except OSError as error:
             raise ScoreFailed(f"{argv[0]} cannot be started: {error.strerror}") from error

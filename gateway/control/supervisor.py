@@ -14,6 +14,7 @@ import httpx2
 
 from backends import upstream
 from backends.base import BackendError, EngineUnreachable
+from backends.process import EngineStartError
 from gateway.control.hosting import Engine, Host
 from gateway.control.replica import Replica, State
 from gateway.control.timings import Timings
@@ -95,7 +96,8 @@ class Supervisor:
                 return await self._serve(engine, client), engine
         except (_StartFailed, BackendError) as error:
             known = error.known if isinstance(error, _StartFailed) else not isinstance(error, EngineUnreachable)
-            await self._duties.start_failed(replica, frozenset(static), str(error))
+            blamed = () if isinstance(error, EngineStartError) else static  # no process has seen them
+            await self._duties.start_failed(replica, frozenset(blamed), str(error))
             return _End(State.FAILED if known else State.UNHEALTHY, str(error)), engine
         finally:
             replica.disconnect()

@@ -10,6 +10,7 @@ or is started again (replace).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from backends import registry
 from gateway.config import ServeConfig
 from gateway.control.estate import CannotStart, Estate, loaded
 from gateway.control.replica import Replica
-from gateway.errors import Conflict, InvalidRequest
+from gateway.errors import InvalidRequest
 
 _log = logging.getLogger(__name__)
 _PURPOSE = "switch of engines"
@@ -67,30 +68,42 @@ class Switch:
             raise InvalidRequest(
                 "the engines are attached: start the other one yourself and attach it at the next start"
             )
-        if self._estate.lock.locked():
-            raise Conflict("another change of the replicas is under way; GET /admin/backend says how far it is")
+        change = contextlib.ExitStack()
+        change.enter_context(self._estate.changing())
         self._progress = _Progress(config.backend, mode, "starting", time.time())
-        self._task = asyncio.create_task(self._run(config, mode, self._progress))
+        self._task = asyncio.create_task(self._run(change, config, mode, self._progress))
+        self._task.add_done_callback(self._ended)
 
     async def wait(self, timeout_s: float) -> None:
         """Until the switch has ended, at most so long."""
         if self._task is not None:
             await asyncio.wait([self._task], timeout=timeout_s)
 
-    async def _run(self, config: ServeConfig, mode: Mode, progress: _Progress) -> None:
-        async with self._estate.lock:
+    async def _run(self, change: contextlib.ExitStack, config: ServeConfig, mode: Mode, progress: _Progress) -> None:
+        with change:
+            _log.info("the switch to %s (%s) begins", config.backend, mode)
             try:
                 await (self._beside if mode == "beside" else self._replace)(config, progress)
                 progress.phase = "done"
+                _log.info("the switch to %s is done, after %.1f s", config.backend, time.time() - progress.started_at)
             except CannotStart as error:
                 _log.error("the switch to %s failed: %s", config.backend, error)
                 progress.phase, progress.reason = "failed", str(error)
             finally:
                 progress.ended_at = time.time()
 
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Nobody else may look at how it ended: a defect would show as a switch that goes on for ever."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        _log.error("the switch of engines met a defect", exc_info=error)
+        if self._progress is not None:
+            self._progress.phase = "failed"
+            self._progress.reason = "the gateway has a defect; its log says more"
+
     async def _beside(self, config: ServeConfig, progress: _Progress) -> None:
         estate, old = self._estate, self._estate.staying
-        new = await self._start(config, len(old), loaded(old, estate.core.registry.desired))
+        new = await self._start(config, loaded(old, estate.core.registry.desired))
         self._shift(config, new)
         progress.phase = "draining"
         await estate.retire(old, _PURPOSE, config.drain_timeout_s)
@@ -103,15 +116,32 @@ class Switch:
         await estate.vacated()
         progress.phase = "starting"
         try:
-            self._shift(config, await self._start(config, len(old), wanted))
+            self._shift(config, await self._start(config, wanted))
         except CannotStart as error:
-            estate.note(estate.running, await estate.add(before, len(old)))
-            raise CannotStart(f"{error}; {before.backend} is started again") from error
+            progress.reason = f"{error}; {before.backend} is being started again"
+            _log.error("the switch to %s failed: %s", config.backend, progress.reason)
+            raise await self._bring_back(before, error) from error
 
-    async def _start(self, config: ServeConfig, count: int, wanted: frozenset[str]) -> list[Replica]:
+    async def _bring_back(self, before: ServeConfig, why: CannotStart) -> CannotStart:
+        """Start the engine again that was taken away; what became of that, behind the reason for it."""
+        estate = self._estate
+        try:
+            replicas = await estate.add(before, before.replicas)
+        except CannotStart as error:
+            then = "nothing serves now: mend that and switch again, or restart the gateway"
+            return CannotStart(f"{why}; and {before.backend} cannot be started again: {error}; {then}")
+        estate.note(estate.running, replicas)
+        try:
+            await estate.ready(replicas, (), before.start_timeout_s)
+        except CannotStart as error:
+            then = "it is tried again, less and less often"
+            return CannotStart(f"{why}; and {before.backend}, started again, does not come back: {error}; {then}")
+        return CannotStart(f"{why}; {before.backend} is started again")
+
+    async def _start(self, config: ServeConfig, wanted: frozenset[str]) -> list[Replica]:
         """New replicas, ready and without traffic. Raises CannotStart, with none of them left."""
         estate = self._estate
-        new = await estate.add(config, count, hidden=_PURPOSE)
+        new = await estate.add(config, config.replicas, hidden=_PURPOSE)
         try:
             await estate.ready(new, wanted, config.start_timeout_s)
         except CannotStart:

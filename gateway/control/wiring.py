@@ -24,9 +24,10 @@ from gateway.control import app
 from gateway.control.core import Core, Setup
 from gateway.control.estate import Estate
 from gateway.control.gate import Gate, precision
-from gateway.control.hosting import AttachedHost, Host, LocalHost, Place, gpu_names, gpus_of
+from gateway.control.hosting import AttachedHost, Host, LocalHost, Place, gpu_names, gpus_of, shares_of
 from gateway.control.publish import Public
 from gateway.control.registry import SPARE
+from gateway.control.replica import OPERATOR
 from gateway.control.running import Notebook, Running
 from gateway.control.score import ScoreCommand
 from gateway.control.service import Policy, Service
@@ -81,6 +82,9 @@ def build(running: Running, run_dir: Path, main_pid: int, notebook: Notebook | N
         gauge=config.routing == "engine-load",
     )
     core = Core(setup, store, storage)
+    for replica in core.replicas:
+        if replica.index in running.drained:
+            replica.drain(OPERATOR)
     policy = Policy(
         base=config.public_name,
         base_path=base_path,
@@ -89,7 +93,7 @@ def build(running: Running, run_dir: Path, main_pid: int, notebook: Notebook | N
         max_upload_bytes=config.max_adapter_mb * 1_000_000,
     )
     service = Service(core, storage, policy, _created(base_path))
-    estate = Estate(core, None if config.attach else functools.partial(_make, place), running, notebook)
+    estate = Estate(core, None if config.attach else functools.partial(_make, place), running, notebook, _shares)
     trainers = TrainerPlace(state / "jobs" / "processes", state / "logs", main_pid)
     desk = Desk(service, store, config, _training(config, spec, trainers), _own_url(config))
     web = app.create(service, _adapter_roots(config), estate, desk.routes(config.max_file_mb * 1_000_000))
@@ -114,13 +118,24 @@ def _local_hosts(indices: Sequence[int], config: ServeConfig, spec: EngineSpec, 
     backend = registry.get(spec.backend)
     executable = envs.executable(envs.find(spec.backend, spec.version, spec.device))
     alone = config.replicas == 1 and max(indices, default=0) == 0
-    share = spec.device == "cuda" and spec.version != envs.EMULATOR and not alone
-    visible = _engine_gpus(config, spec)
+    shares = [] if alone else _gpu_shares(config, spec)
     hosts: list[tuple[str, Host]] = []
     for index in indices:
-        env = gpus_of(index, config.replicas, spec, visible, envs.gpu_count()) if share else {}
+        env = gpus_of(index, shares) if shares else {}
         hosts.append((f"r{index}", LocalHost(f"r{index}", backend, spec, executable, place, env)))
     return hosts
+
+
+def _gpu_shares(config: ServeConfig, spec: EngineSpec) -> list[str]:
+    """What replicas divide among them; empty where they use no GPUs. Raises ConfigError."""
+    if spec.device != "cuda" or spec.version == envs.EMULATOR:
+        return []
+    return shares_of(config.replicas, spec, _engine_gpus(config, spec), envs.gpu_count())
+
+
+def _shares(config: ServeConfig) -> int:
+    """For the estate. Raises ConfigError, BackendError."""
+    return len(_gpu_shares(config, _spec(config))) or 1
 
 
 def _attached_hosts(config: ServeConfig) -> list[tuple[str, Host]]:

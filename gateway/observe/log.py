@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import time
 
 import msgspec
 
@@ -38,7 +39,7 @@ class AccessLog:
         self._fd = fd
         self._loop = loop
         self._encode = msgspec.json.Encoder().encode_lines
-        self._entries: list[Access] = []
+        self._entries: list[Access | dict[str, object]] = []
         self._unwritten = bytearray()
         self._dropped = 0
         self._flush_scheduled = False
@@ -47,6 +48,13 @@ class AccessLog:
 
     def add(self, entry: Access) -> None:
         """Take one entry; it is written within FLUSH_AFTER_S."""
+        self._put(entry)
+
+    def note(self, text: str) -> None:
+        """Take a line for the operator, to stand among the others."""
+        self._put({"ts": time.time(), "note": text})
+
+    def _put(self, entry: Access | dict[str, object]) -> None:
         self._entries.append(entry)
         if not self._flush_scheduled:
             self._flush_scheduled = True

@@ -7,17 +7,14 @@ import asyncio
 import contextlib
 import functools
 import gc
-import os
 import resource
 import signal
 import socket
 import ssl
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import uvloop
 
 from gateway import tls
@@ -56,7 +53,7 @@ async def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
     log = AccessLog(sys.stderr.fileno(), loop)
     meter = Meter(own, Peers(cells), args.index, log.add)
     usage = Usage(args.run_dir / f"relay-{args.index}.usage", args.relays)
-    link = Link(args.run_dir / "snapshots.sock", args.index, _note)
+    link = Link(args.run_dir / "snapshots.sock", args.index, log.note)
     limits = Limits(
         args.max_body_bytes,
         args.request_timeout_s,
@@ -67,7 +64,8 @@ async def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
         args.routing,
     )
     context = _certificate(args)
-    app = App(loop, meter, usage, limits, args.run_dir, _note, link.ask, functools.partial(_reload, args, context))
+    reload = functools.partial(_reload, args, context, log.note)
+    app = App(loop, meter, usage, limits, args.run_dir, log.note, link.ask, reload)
     server = Server(app.handle, loop)
     _every_second(loop, (app.tick, server.tick))
     informed = asyncio.Event()
@@ -115,18 +113,13 @@ def _certificate(args: argparse.Namespace) -> ssl.SSLContext | None:
         sys.exit(f"gateway: {error}")
 
 
-def _reload(args: argparse.Namespace, context: ssl.SSLContext | None) -> None:
+def _reload(args: argparse.Namespace, context: ssl.SSLContext | None, note: Callable[[str], None]) -> None:
     """Serve new connections with the certificate as it is on the disk now; a bad one changes nothing."""
     try:
         if context is not None:
             tls.reload(context, args.tls_cert, args.tls_key)
     except tls.TlsError as error:
-        _note(f"the certificate stays as it was: {error}")
-
-
-def _note(text: str) -> None:
-    """A line for the operator, among the access log's."""
-    os.write(sys.stderr.fileno(), msgspec.json.encode({"ts": time.time(), "note": text}) + b"\n")
+        note(f"the certificate stays as it was: {error}")
 
 
 def _arguments() -> argparse.Namespace:

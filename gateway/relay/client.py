@@ -101,16 +101,19 @@ class ClientConnection(asyncio.Protocol):
             self._tail_bytes += len(data)
             if not self._closing:  # a refused body has its time to end, however it trickles
                 self._still_s = 0
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._stay_with_http_1_1(data[upgrade.args[0] :])
-            return
-        except httptools.HttpParserCallbackError:
-            raise  # a defect of ours, not the client's: the loop reports it and closes the connection
-        except httptools.HttpParserError as error:
-            self._refuse(f"Not an HTTP/1.1 request: {error}.")
-            return
+        while True:
+            try:
+                self._parser.feed_data(data)
+                break
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._stay_with_http_1_1(data[upgrade.args[0] :])
+                if not data:
+                    return
+            except httptools.HttpParserCallbackError:
+                raise  # a defect of ours, not the client's: the loop reports it and closes the connection
+            except httptools.HttpParserError as error:
+                self._refuse(f"Not an HTTP/1.1 request: {error}.")
+                return
         if self._incoming is None and self._head_bytes > _HEAD_LIMIT_BYTES:
             self._refuse(f"The request's head is larger than {_HEAD_LIMIT_BYTES} bytes.")
             return
@@ -147,7 +150,7 @@ class ClientConnection(asyncio.Protocol):
         self._target, self._headers, self._head_bytes = b"", {}, 0
         self._incoming = request
         self._tail_bytes = 0
-        if self._serving is None:
+        if self._serving is None and not self._waiting:  # those come first, though none is served until `_next`
             self._begin(request)
         else:
             self._waiting.append(request)
@@ -180,7 +183,8 @@ class ClientConnection(asyncio.Protocol):
 
     def want_body(self) -> None:
         """Ask for a body that the client holds back (`Expect: 100-continue`)."""
-        if self._serving is not None and self._serving.headers.get(b"expect", b"").lower() == b"100-continue":
+        request = self._serving
+        if request is not None and request.headers.get(b"expect", b"").lower() == b"100-continue" and self._speaks_1_1:
             self._send(CONTINUE)
 
     def pause_body(self) -> None:
@@ -197,8 +201,8 @@ class ClientConnection(asyncio.Protocol):
         """The whole answer in one write. headers: complete lines."""
         request = self._serving
         assert request is not None
-        if request is self._incoming and _is_long(request):
-            request.keep_alive = False  # the rest is not worth reading
+        if request is self._incoming and (_is_long(request) or b"expect" in request.headers):
+            request.keep_alive = False  # the rest is not worth reading, or may never be sent
         self._send(
             b"%b%bcontent-length: %d\r\nx-request-id: %b\r\n%b%b\r\n%b"
             % (
@@ -341,25 +345,26 @@ class ClientConnection(asyncio.Protocol):
             if not self._transport.is_closing():
                 self._transport.resume_reading()
 
-    def _stay_with_http_1_1(self, rest: bytes) -> None:
-        """Read a request that offers another protocol as if it did not. Java's client does so by default.
+    def _stay_with_http_1_1(self, rest: bytes) -> bytes:
+        """What to read instead of a request that offers another protocol, as Java's client does by default, and `rest`.
 
-        The parser takes what follows such a head for the other protocol, so the head is given to a new one.
+        The parser takes what follows such a head for the other protocol, so the head is given to a new one. Empty where
+        it was refused.
         """
         method, headers = self._parser.get_method(), self._headers
         if method == b"CONNECT":
             self._refuse("CONNECT is not served.")
-            return
+            return b""
         for name in (b"connection", b"upgrade", b"http2-settings"):
             headers.pop(name, None)
         head = b"%b %b HTTP/1.1\r\n%b\r\n" % (method, self._target, header_lines(list(headers.items())))
-        self._target, self._headers, self._head_bytes = b"", {}, 0
+        self._target, self._headers, self._head_bytes = b"", {}, len(head) + len(rest)
         self._parser = httptools.HttpRequestParser(self)
-        self.data_received(head + rest)
+        return head + rest
 
     def _refuse(self, message: str) -> None:
         """Answer what is not HTTP. After it nothing on the connection can be understood."""
-        if self._serving is None and not self._transport.is_closing():
+        if self._serving is None and not self._waiting and not self._transport.is_closing():
             self._serving = Request(b"", b"", {}, keep_alive=False)
             self._serving.complete = True
             self.answer_error(InvalidRequest(message))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -28,6 +28,7 @@ class Head(msgspec.Struct, gc=False):
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    n: Annotated[int, msgspec.Meta(ge=1)] | None = None  # SGLang streams one answer where none are asked for
     # with one of these an answer is more than text (see `plain`); as they stand
     tools: msgspec.Raw = _ABSENT
     response_format: msgspec.Raw = _ABSENT
@@ -62,7 +63,7 @@ class Head(msgspec.Struct, gc=False):
 
 
 RESERVED = frozenset(Head.__struct_fields__) - {
-    "model", "stream", "stream_options", "tools", "response_format", "logprobs",
+    "model", "stream", "stream_options", "n", "tools", "response_format", "logprobs",
 }  # fmt: skip
 _ADAPTER_FIELDS = frozenset({"lora_path", "lora_name", "adapter_name"})
 
@@ -139,4 +140,8 @@ def _explain(fault: str) -> InvalidRequest:
         return InvalidRequest(f"`{field}` is not accepted: name the adapter in `model`.", param=field)
     if field in RESERVED:
         return InvalidRequest(f"`{field}` is not accepted: it is between the gateway and its engines.", param=field)
+    if field == "n":
+        return InvalidRequest(
+            f"`n`, how many answers, is a whole number of at least 1: {found['what'].lower()}.", param="n"
+        )
     return InvalidRequest(f"`{field}` has the wrong type: {found['what'].lower()}.", param=field)

@@ -31,13 +31,17 @@ class Jobs:
     def __init__(
         self, service: Service, objects: Objects, files: Files, trainer: Trainer, directory: Path, url: str
     ) -> None:
-        """directory: a folder a job, with its data and the trainer's run. url: of the gateway itself."""
+        """directory: a folder a job, with its data and the trainer's run.
+
+        url: of the gateway itself, where trainers have answers sampled.
+        """
         self.service = service
         self.files = files
         self.trainer = trainer
+        self.url = url
         self._objects = objects
         self._directory = directory
-        self._maker = Maker(service, files, trainer, url)
+        self._maker = Maker(service, files, trainer)
         self._lock = asyncio.Lock()  # one change at a time: each reads the record, then writes it
         self.changed = asyncio.Event()
         self._being_made: set[str] = set()

@@ -31,12 +31,10 @@ _PURPOSES = ("fine-tune", "user_data")
 class Maker:
     """Checks what is asked for, and writes down what the trainer is told."""
 
-    def __init__(self, service: Service, files: Files, trainer: Trainer, url: str) -> None:
-        """url: of the gateway itself, where a trainer has answers sampled."""
+    def __init__(self, service: Service, files: Files, trainer: Trainer) -> None:
         self._service = service
         self._files = files
         self._trainer = trainer
-        self._url = url
         self._checking = asyncio.Semaphore(1)  # a large file takes a while, and a thread
 
     async def make(self, asked: CreateJob, key_id: str, job_id: str, folder: Path) -> tuple[Job, list[Event]]:
@@ -83,7 +81,7 @@ class Maker:
             **{name: [str(path)] for name, path in paths.items()},
         }
         if judge is not None:
-            whole |= {"gateway_url": self._url, "publish_as": job_id, "reward": [str(judge)]}
+            whole |= {"publish_as": job_id, "reward": [str(judge)]}
         await asyncio.to_thread((folder / "job.yaml").write_text, yaml.safe_dump(whole, sort_keys=False))
         told = (
             f"Created fine-tuning job: {job.id}",

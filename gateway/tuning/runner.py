@@ -114,16 +114,20 @@ class Runner:
 
     async def _weigh(self, job: Job) -> Job:
         """Look whether requests queue, and hold the job or let it go on accordingly; the job from now on."""
-        rule = self._rule
+        rule, before = self._rule, self._pressure
+        why = ""
         if rule is None:
             self._pressure = Pressure()
         else:
             # The answers that a job itself has sampled may be what engines queue; relays tell them from others'.
-            waiting = await self._queues.waiting(engines=job.method != "reinforcement")
-            self._pressure = pressure.after(self._pressure, waiting, time.monotonic(), rule)
+            look = await self._queues.look(engines=job.method != "reinforcement")
+            self._pressure = pressure.after(before, look.busy, time.monotonic(), rule)
+            why = f"{look.why(rule.wait_s)}; serving comes first"
         with contextlib.suppress(Conflict):  # its owner was faster
-            if rule is not None and self._pressure.held and job.status is Status.RUNNING:
-                return await self._jobs.hold(job.id, f"requests have queued for {rule.wait_s:g} s; serving comes first")
+            if self._pressure.held and job.status is Status.RUNNING:
+                return await self._jobs.hold(job.id, why)
+            if self._pressure.held and not before.held and job.status is Status.QUEUED:
+                return await self._jobs.change(job.id, lambda now: now, [event(f"Fine-tuning job waits: {why}")])
             if job.held and not self._pressure.held:
                 calm = f"no request has queued for {rule.calm_s:g} s" if rule is not None else "nothing is to yield to"
                 return await self._jobs.let_go(job.id, calm)
@@ -138,8 +142,10 @@ class Runner:
             return
         config = jobs.folder(job) / "job.yaml"
         secret = await self._pass(job)
+        # Known now alone: the gateway may have started again on another port since the job was made, or last ran.
+        url = jobs.url if job.method == "reinforcement" else None
         method, run = job.config["method"], jobs.run_dir(job)
-        start = functools.partial(jobs.trainer.start, job.id, method, config, run, secret)
+        start = functools.partial(jobs.trainer.start, job.id, method, config, run, url, secret)
         try:
             await asyncio.to_thread(jobs.trainer.prove)
             self._process = await asyncio.to_thread(start)

@@ -97,14 +97,18 @@ class Trainer:
         """The process of a job that runs already."""
         return process.adopt(self._place.run_dir, job_id)
 
-    def start(self, job_id: str, method: str, config: Path, run: Path, secret: str | None = None) -> EngineProcess:
+    def start(
+        self, job_id: str, method: str, config: Path, run: Path, url: str | None = None, secret: str | None = None
+    ) -> EngineProcess:
         """Start a run, or go on with it where its last checkpoint stands. Raises BackendError, OSError.
 
-        secret: by which it may call the gateway.
+        url: of the gateway, where it calls it; secret: by which it may.
         """
         self._place.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         begun = (run / "run.json").exists()
-        arguments = ("resume", str(run)) if begun else (method, "--config", str(config))
+        arguments = ["resume", str(run)] if begun else [method, "--config", str(config)]
+        if url is not None:
+            arguments += ["--gateway-url", url]
         # Beside a busy server on the same cores, threads that spin while they wait slow down both.
         env = {"OMP_WAIT_POLICY": "PASSIVE"} | ({"TUNEGATE_API_KEY": secret} if secret else {})
         launch = Launch((self._python, "-m", "trainer", *arguments), env | self._own_device)

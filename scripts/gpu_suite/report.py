@@ -30,6 +30,7 @@ class Report:
     figures: dict[str, Any] = field(default_factory=dict)
     checks: list[dict[str, Any]] = field(default_factory=list)
     started_at: float = field(default_factory=time.time)  # seconds since the epoch
+    folder: Path | None = None  # gets STAGE.partial.json after every check, and STAGE.json at the end
 
     @contextlib.contextmanager
     def check(self, name: str) -> Iterator[None]:
@@ -47,15 +48,26 @@ class Report:
             f"{self.stage}: {name}: {'ok' if not failure else 'FAILED ' + failure[:600]} ({row['seconds']} s)",
             flush=True,
         )
+        self.keep()
 
     @property
     def failures(self) -> list[str]:
         """One line a failed check."""
         return [f"{row['check']}: {row['failure']}" for row in self.checks if not row["ok"]]
 
-    def save(self, path: Path) -> None:
-        """Write it down, so that the stage need not run again."""
-        body = {
+    def keep(self) -> None:
+        """Write down what is known so far: a stage may be ended at any moment."""
+        if self.folder is not None:
+            write_json(self.folder / f"{self.stage}.partial.json", self._body())
+
+    def save(self) -> None:
+        """Write it down for good, so that the stage need not run again."""
+        assert self.folder is not None
+        write_json(self.folder / f"{self.stage}.json", self._body())
+        (self.folder / f"{self.stage}.partial.json").unlink(missing_ok=True)
+
+    def _body(self) -> dict[str, Any]:
+        return {
             "stage": self.stage,
             "ok": bool(self.checks) and not self.failures,
             "date": datetime.datetime.fromtimestamp(self.started_at, datetime.UTC).date().isoformat(),
@@ -63,9 +75,13 @@ class Report:
             "figures": self.figures,
             "checks": self.checks,
         }
-        aside = path.with_suffix(".new")
-        aside.write_text(json.dumps(body, indent=1) + "\n")
-        aside.replace(path)
+
+
+def write_json(path: Path, body: dict[str, Any]) -> None:
+    """Written aside and renamed: a reader finds the whole of one version."""
+    aside = path.with_suffix(".new")
+    aside.write_text(json.dumps(body, indent=1, default=str) + "\n")
+    aside.replace(path)
 
 
 def quantile(values: list[float], share: float) -> float | None:

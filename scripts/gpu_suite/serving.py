@@ -16,7 +16,8 @@ from typing import Any
 import httpx2
 import openai
 
-from backends.spec import BackendName
+from backends.spec import BackendName, Device
+from scripts.gpu_suite import machine, memory
 from scripts.gpu_suite.report import quantile
 from tests.support.gateway import Gateway, gateway
 
@@ -33,8 +34,9 @@ class Engine:
     """Which engine, on what device, and the flags that this machine wants for it."""
 
     name: BackendName
-    device: str
+    device: Device
     flags: tuple[str, ...] = ()
+    share: float = 1.0  # of the GPU's memory
 
 
 @dataclass
@@ -58,14 +60,18 @@ class Served:
         """The replica's state file: process ids, port, key."""
         return dict(json.loads((self.gateway.state / "run" / f"replica-{replica}.json").read_text()))
 
-    def engine_url(self) -> str:
-        """Where the engine itself listens."""
-        return f"http://127.0.0.1:{self.state()['port']}"
+    def replica_ids(self) -> list[str]:
+        """Of the replicas that there are."""
+        return [str(row["id"]) for row in self.gateway.replicas()]
 
-    def direct(self) -> httpx2.Client:
+    def engine_url(self, replica: str = "r0") -> str:
+        """Where the engine itself listens."""
+        return f"http://127.0.0.1:{self.state(replica)['port']}"
+
+    def direct(self, replica: str = "r0") -> httpx2.Client:
         """The engine itself, past the gateway."""
-        headers = {"authorization": f"Bearer {self.state()['api_key']}"}
-        return httpx2.Client(base_url=self.engine_url(), headers=headers, timeout=_PATIENCE_S, trust_env=False)
+        headers = {"authorization": f"Bearer {self.state(replica)['api_key']}"}
+        return httpx2.Client(base_url=self.engine_url(replica), headers=headers, timeout=_PATIENCE_S, trust_env=False)
 
     def log(self) -> str:
         """What the first replica's engine wrote since its start."""
@@ -86,14 +92,27 @@ class Served:
         return ""
 
 
+def memory_flags(engine: Engine, model: Path) -> list[str]:
+    """What keeps the engine within its share of the GPU."""
+    if engine.device == "cpu" or engine.share >= 1.0:
+        return []
+    gpu = machine.gpus()[0]
+    return memory.flags(engine.name, engine.share, gpu.memory_bytes, memory.kv_bytes_a_token(model))
+
+
 @contextlib.contextmanager
-def serving(engine: Engine, model: Path, state: Path, *flags: str, name: str | None = None) -> Iterator[Served]:
-    """`gateway serve` starts the engine; both are gone afterwards. The state directory with the logs stays."""
+def serving(engine: Engine, model: Path, state: Path, *flags: str, name: str | None = None,
+            env: dict[str, str] | None = None) -> Iterator[Served]:  # fmt: skip
+    """`gateway serve` starts the engine; both are gone afterwards. The state directory with the logs stays.
+
+    env: added to the environment of the gateway and of its engine.
+    """
     started = time.monotonic()
     named = ("--model-name", name) if name else ()
-    own = ("--backend", engine.name, "--device", engine.device, "--model", str(model), *named, *engine.flags, *flags)
+    own = ["--backend", engine.name, "--device", engine.device, "--model", str(model), *named]
+    own += [*memory_flags(engine, model), *engine.flags, *flags]
     state.mkdir(parents=True, exist_ok=True)
-    with gateway(*own, state=state, ready_timeout_s=_PATIENCE_S, api_key=KEY) as running:
+    with gateway(*own, state=state, ready_timeout_s=_PATIENCE_S, api_key=KEY, env=env) as running:
         yield Served(engine, running, round(time.monotonic() - started, 1))
 
 

@@ -66,7 +66,7 @@ def ask(url: str, case: Case, key: str, places: Mapping[str, str]) -> dict[str, 
         connection.request(case.method, case.path, body, headers)
         answer = connection.getresponse()
         described = _describe(answer, case, places)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: JSON that is none
         described = {"broken": f"{type(error).__name__}: {error}"}
     finally:
         connection.close()

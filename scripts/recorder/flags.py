@@ -25,7 +25,10 @@ print("FLAGS " + json.dumps(flags))
 """
 _PARSER = {
     "vllm": """
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ImportError:  # before 0.30
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = make_arg_parser(FlexibleArgumentParser())
 """,
@@ -44,7 +47,10 @@ parser = SubCliServe.subparsers.choices["api_server"]
 
 
 def read_flags(engine: str, python: tuple[str, ...], env: dict[str, str]) -> list[dict[str, Any]]:
-    """Every option of the engine's serve command: names, how many values it takes, choices, int or float."""
+    """Every option of the engine's serve command: names, how many values it takes, choices, int or float.
+
+    Raises CalledProcessError, StopIteration where the engine's parser is not where it was looked for.
+    """
     command = [*python, "-c", _PARSER[engine] + _DUMP]
     output = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     line = next(line for line in output.splitlines() if line.startswith("FLAGS "))

@@ -75,9 +75,10 @@ def test_reinforcement(trainer: openai.OpenAI, target: Target) -> None:
     assert (own.hyperparameters.eval_interval, own.hyperparameters.compute_multiplier) == (2, 2)
     folder = target.gateway.state / "jobs" / job.id
     told = (folder / "job.yaml").read_text()
-    assert "group_size: 16" in told and f"gateway_url: {target.gateway.url}" in told
+    assert "group_size: 16" in told and "gateway_url" not in told  # known when the trainer starts
     done = over(trainer, job.id)
     assert done.status == "succeeded", done.error
+    assert f"gateway_url: {target.gateway.url}\n" in (folder / "run" / "config.yaml").read_text()
     assert "Step 4/4: training mean reward=1.0000" in messages(trainer, job.id)
 
 

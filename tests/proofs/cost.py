@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ class Cost:
     exit_code: int
 
 
-def run(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Cost:
-    """Run a command to its end, its output into `log`. Raises OSError."""
+def run(command: Sequence[str], log: Path, environment: Mapping[str, str], limit_s: float | None = None) -> Cost:
+    """Run a command to its end, its output into `log`. Raises OSError; TimeoutError, when it ran for `limit_s`."""
     started = time.monotonic()
     reading, writing = os.pipe()
     with log.open("wb") as stream, open(reading, "rb") as answer:
@@ -47,6 +48,9 @@ def run(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Co
             start_new_session=True,
         )
         os.close(writing)
+        alarm = threading.Timer(limit_s or threading.TIMEOUT_MAX, os.killpg, (process.pid, signal.SIGKILL))
+        alarm.daemon = True
+        alarm.start()
         try:
             told = answer.read()
             process.wait()
@@ -54,6 +58,10 @@ def run(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Co
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
+        finally:
+            alarm.cancel()
+    if not told and limit_s and time.monotonic() - started >= limit_s:
+        raise TimeoutError(f"not through after {limit_s:.0f} s: ended")
     if not told:
         raise OSError(f"{command[0]} cannot be started: {log} says why")
     exit_code, cpu_s, peak_bytes = json.loads(told)

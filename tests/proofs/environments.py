@@ -6,6 +6,7 @@ configuration (mirrors, folders of wheels such as torch's for CPUs) counts.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -35,6 +36,14 @@ def environment(home: str, requirements: Sequence[str]) -> Path:
         raise NotHere(f"{requirements[0]} could not be installed in {folder}")
     mark.write_text(wanted)
     return folder
+
+
+def peer_python(text: str) -> tuple[str, Path]:
+    """NAME=PATH on a command line: the Python of an environment that is here already. Raises ArgumentTypeError."""
+    name, _, path = text.partition("=")
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=PATH of a peer's Python, and there is no {path!r}")
+    return name, Path(path)
 
 
 def versions(python: Path | str, packages: Sequence[str]) -> dict[str, str]:

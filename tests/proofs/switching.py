@@ -17,7 +17,8 @@ import itertools
 import json
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,10 @@ def _text(lines: list[str], stream: bool) -> str:
 class Load:
     """Clients that ask one thing after the other, with a pause between."""
 
-    def __init__(self, http: httpx2.AsyncClient, names: tuple[str, ...], tokens: int, clients: int, gap_s: float):
+    def __init__(self, http: httpx2.AsyncClient, names: tuple[str, ...], tokens: int, clients: int, gap_s: float,
+                 prompts: Sequence[str] = PROMPTS):  # fmt: skip
         self.asked: list[Asked] = []
+        self._prompts = prompts
         self._stopping = asyncio.Event()
         turns = ((http, names, tokens, gap_s, number) for number in range(clients))
         self._tasks = [asyncio.create_task(self._keep_asking(*turn)) for turn in turns]
@@ -107,7 +110,7 @@ class Load:
         self, http: httpx2.AsyncClient, names: tuple[str, ...], tokens: int, gap_s: float, number: int
     ) -> None:
         for turn in itertools.count(number):
-            model, prompt = names[turn % len(names)], PROMPTS[turn % len(PROMPTS)]
+            model, prompt = names[turn % len(names)], self._prompts[turn % len(self._prompts)]
             self.asked.append(await ask(http, model, prompt, tokens, stream=turn // 2 % 2 == 0))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), gap_s)
@@ -161,44 +164,78 @@ async def prove(served: Gateway, steps: list[Step], args: argparse.Namespace) ->
             await asyncio.sleep(_SETTLE_S)
             asked = await load.end()
             after = await own_answers(http, names, args.tokens)
-            good = report(step, asked, (before, after)) and good
+            known = {key: {before[key], after[key]} for key in after}
+            found = cost(step, asked, lambda one, known=known: one.text in known[one.model, one.prompt])  # type: ignore[misc]
+            good = report(found) and good
             before = after
         return good
 
 
-def report(step: Step, asked: list[Asked], answers: tuple[dict[tuple[str, str], str], ...]) -> bool:
-    """Print what one switch came to; whether all went as promised."""
+def cost(step: Step, asked: list[Asked], right: Callable[[Asked], bool]) -> dict[str, Any]:
+    """What one switch came to. Seconds; `down_s`: from the first request refused to the next one answered.
+
+    right: whether a whole answer is one that either engine gives.
+    """
     began_s, ended_s = next(iter(step.phases.values())), max(step.phases.values())
-    spans = ", ".join(f"{phase} {at_s - began_s:.1f} s" for phase, at_s in step.phases.items())
-    took = f"{step.mode} -> {step.backend}: {ended_s - began_s:.1f} s; first seen: {spans} {step.reason or ''}"
-    print(took.rstrip(), flush=True)
+    asked = [one for one in asked if one.end_s >= began_s or not one.fault]  # earlier faults are not this switch's
     later = [one for one in asked if one.status == 503 and not one.fault.startswith("without")]
     allowed = later if step.mode == "replace" else []
+    whole = [one for one in asked if not one.fault]
     failed = [one for one in asked if one.fault and one not in allowed]
-    strange = [
-        one for one in asked if not one.fault and one.text not in {known[one.model, one.prompt] for known in answers}
-    ]
-    when = defaultdict(list)
-    for one in asked:
-        if not one.fault:
-            during = "before" if one.end_s < began_s else "meanwhile" if one.sent_s < ended_s else "after"
-            when[during].append((one.end_s - one.sent_s) * 1e3)
-    for during, times_ms in when.items():
-        print(f"  {during}: {len(times_ms)} answers, p50 {quantile(times_ms, 0.5):.0f} ms, max {max(times_ms):.0f} ms")
-    whole = sorted(one.end_s for one in asked if not one.fault)
-    silence_s = max((after - before for before, after in itertools.pairwise(whole)), default=0.0)
-    print(
-        f"  failed {len(failed)}; answers of neither engine {len(strange)}; longest time without one {silence_s:.1f} s"
-    )
+    strange = [one for one in whole if not right(one)]
+    ends_s = sorted([min(one.sent_s for one in asked), *(one.end_s for one in whole), max(one.end_s for one in asked)])
+    found: dict[str, Any] = {"mode": step.mode, "backend": step.backend, "done": "done" in step.phases}
+    found |= {"reason": step.reason, "seconds": ended_s - began_s}
+    found["phases_s"] = {phase: at_s - began_s for phase, at_s in step.phases.items()}
+    found["answered_ms"] = {}
+    for name, mine in _around(whole, began_s, ended_s).items():
+        times_ms = [(one.end_s - one.sent_s) * 1e3 for one in mine]
+        found["answered_ms"][name] = {"count": len(mine), "p50": quantile(times_ms, 0.5), "max": max(times_ms)}
+    found["silence_s"] = max(after - before for before, after in itertools.pairwise(ends_s))
+    found |= {"told_to_come_again": len(later), "down_s": 0.0}
     if later:
-        back_s = min((one.end_s for one in asked if not one.fault and one.sent_s > later[-1].sent_s), default=ended_s)
+        back = [one.end_s for one in whole if one.sent_s > later[-1].sent_s]
+        found["down_s"] = min(back) - later[0].sent_s if back else None
+    found["failed"] = dict(Counter(map(_kind, failed)))
+    found |= {"cut": sum(one.status == 200 for one in failed), "of_neither": len(strange)}
+    return found | {"examples": [str(one) for one in (failed + strange)[:5]]}
+
+
+def _around(asked: list[Asked], began_s: float, ended_s: float) -> dict[str, list[Asked]]:
+    found: dict[str, list[Asked]] = {}
+    for one in asked:
+        name = "before" if one.end_s < began_s else "meanwhile" if one.sent_s < ended_s else "after"
+        found.setdefault(name, []).append(one)
+    return found
+
+
+def _kind(one: Asked) -> str:
+    """A failure in a word."""
+    if one.status == 200:
+        return "cut"
+    return f"status {one.status}" if one.status else f"connection: {one.fault.partition('(')[0]}"
+
+
+def report(found: dict[str, Any]) -> bool:
+    """Print what one switch came to; whether all went as promised."""
+    spans = ", ".join(f"{phase} {at_s:.1f} s" for phase, at_s in found["phases_s"].items())
+    took = (
+        f"{found['mode']} -> {found['backend']}: {found['seconds']:.1f} s; first seen: {spans} {found['reason'] or ''}"
+    )
+    print(took.rstrip(), flush=True)
+    for during, row in found["answered_ms"].items():
+        print(f"  {during}: {row['count']} answers, p50 {row['p50']:.0f} ms, max {row['max']:.0f} ms")
+    print(
+        f"  failed {found['failed'] or 0}; answers of neither engine {found['of_neither']}; longest time without one "
+        f"{found['silence_s']:.1f} s"
+    )
+    if found["told_to_come_again"]:
         print(
-            f"  told to come again: {len(later)}, over {later[-1].sent_s - later[0].sent_s:.1f} s; the next answer "
-            f"{back_s - later[0].sent_s:.1f} s after the first of them"
+            f"  told to come again: {found['told_to_come_again']}; answered again after {found['down_s'] or -1:.1f} s"
         )
-    for one in (failed + strange)[:5]:
+    for one in found["examples"]:
         print(f"  {one}")
-    return not failed and not strange and "done" in step.phases
+    return bool(found["done"] and not found["failed"] and not found["of_neither"])
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,36 @@ def test_adapters_that_cannot_be_judged_are_named(
     save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(BadAdapter, match="no golden prompts"):
         survivals(model_of("llama"), [tmp_path], CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"token_ids": None}, "has no token_ids that this model's"),
+        ({"token_ids": []}, "has no token_ids"),
+        ({"token_ids": [3, 10**6]}, "has no token_ids"),
+        ({"prompt_token_ids": "text"}, "has no prompt_token_ids"),
+        ({"logprobs": [-1.0]}, "has no logprobs for each of its 6 token_ids"),
+        ({"base_logprobs": ["-1"] * 6}, "has no base_logprobs for each"),
+    ],
+)
+def test_a_golden_prompt_that_lacks_something_is_named(
+    changes: dict[str, Any], said: str, adapter: Path, model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(adapter, tmp_path / "mine")
+    goldens = json.loads((adapter / "manifest.json").read_text())["golden"]
+    (tmp_path / "mine" / "manifest.json").write_text(json.dumps({"golden": [goldens[0], goldens[1] | changes]}))
+    with pytest.raises(BadAdapter, match=rf"golden prompt 2 in .*mine/manifest\.json {said}"):
+        survivals(model_of("llama"), [tmp_path / "mine"], CPU)
+
+
+def test_a_configuration_without_a_rank_is_named(
+    adapter: Path, model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(adapter, tmp_path / "mine")
+    (tmp_path / "mine" / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    with pytest.raises(BadAdapter, match="says no rank"):
+        survivals(model_of("llama"), [tmp_path / "mine"], CPU)
 
 
 def test_the_limits_are_those_of_the_gateways_own_check() -> None:

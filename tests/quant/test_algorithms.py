@@ -184,13 +184,3 @@ def test_the_factor_is_the_upper_one_of_the_damped_inverse() -> None:
     assert not factor_KK.tril(-1).any()
     expected_KK = torch.linalg.cholesky(torch.linalg.inv(damped_KK), upper=True)
     torch.testing.assert_close(factor_KK.double(), expected_KK, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_cuda_graph_rounds_as_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    w_NK, _, gram_KK = (part.cuda() for part in make_case(k=512))
-    graphed = gptq.gptq(w_NK, gram_KK, GRIDS[1], BF16)
-    plain = lambda n, grid, device: lambda block: gptq._round_block(block, grid.max_level)  # noqa: E731
-    monkeypatch.setattr(gptq, "_GraphedBlock", plain)
-    assert torch.equal(graphed.q_NK, gptq.gptq(w_NK, gram_KK, GRIDS[1], BF16).q_NK)

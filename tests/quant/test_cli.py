@@ -23,6 +23,7 @@ def call(*args: object) -> Result:
 
 def test_usage_errors_need_no_torch(tmp_path: Path) -> None:
     assert "--model and --out are required" in call("--method", "rtn").output
+    assert "'--tokens': 1 is not in the range x>=2" in call("verify", tmp_path, "--tokens", "1").output
     assert call("verify", tmp_path).exit_code == 1
 
 
@@ -102,6 +103,30 @@ def test_processes_that_were_not_started_together(
     refused = call("--model", model_of("llama"), "--out", tmp_path / "out", "--device", "cpu")
     assert refused.exit_code == 1
     assert "WORLD_SIZE says 2 processes, but RANK, MASTER_ADDR, MASTER_PORT is not set" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', expected a number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', expected a number"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK is '-1', expected a number"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2, but WORLD_SIZE says 2 processes"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "any"}, "MASTER_PORT is 'any', expected a number"),
+    ],
+)
+def test_an_environment_that_torchrun_would_not_make(
+    variables: dict[str, str],
+    said: str,
+    model_of: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | variables).items():
+        monkeypatch.setenv(name, value)
+    refused = call("--model", model_of("llama"), "--out", tmp_path / "out", "--device", "cpu")
+    assert refused.exit_code == 1
+    assert refused.output.startswith(f"Error: {said}")
 
 
 def test_kill_9_in_the_middle_then_the_same_command_again(model_of: Callable[[str], Path], tmp_path: Path) -> None:

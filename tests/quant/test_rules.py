@@ -146,6 +146,22 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         read_facts(directory)
 
 
+@pytest.mark.parametrize("header", [b"[]", b'{"a": {"dtype": "BF16"}}', b'{"a": 3}', b'{"a": {"data_offsets": []}}'])
+def test_a_header_that_describes_no_tensors_is_named(header: bytes, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "q", "awq", Grid(group_size=64))
+    (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(BadCheckpoint, match=r"model\.safetensors has a header that describes no tensors"):
+        read_facts(directory)
+
+
+@pytest.mark.parametrize("weight_map", [[], {"a": None}, "model.safetensors"])
+def test_an_index_that_names_no_files_is_named(weight_map: Any, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "q", "awq", Grid(group_size=64))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(BadCheckpoint, match="does not say which file each tensor is in"):
+        read_facts(directory)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -37,13 +37,14 @@ def main(arguments: list[str]) -> int:
     if arguments[0] == "-c":
         return 0  # asked whether torch is here
     command = arguments[2]
+    moved = {"gateway_url": arguments[-1]} if "--gateway-url" in arguments else {}
     if command == "check-data":
         os.execv(sys.executable, [sys.executable, *arguments])
     if command == "resume":
         run = Path(arguments[3])
-        config = yaml.safe_load((run / "config.yaml").read_text())
+        config = yaml.safe_load((run / "config.yaml").read_text()) | moved
     else:
-        config = yaml.safe_load(Path(arguments[4]).read_text())
+        config = yaml.safe_load(Path(arguments[4]).read_text()) | moved
         run = Path(config["output_dir"])
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(yaml.safe_dump(config))

@@ -127,6 +127,14 @@ def test_a_gateway_that_is_not_there(settings: dict[str, Any]) -> None:
         run.start(config.load("grpo", None, settings | {"gateway_url": "http://127.0.0.1:9"}))
 
 
+def test_a_gateway_that_has_moved(settings: dict[str, Any], gateway: LiveGateway, tmp_path: Path) -> None:
+    """A run that began with another address goes on where the gateway is now."""
+    with pytest.raises(RolloutError, match="did not answer"):
+        run.start(config.load("grpo", None, settings | {"gateway_url": "http://127.0.0.1:9", "max_steps": 1}))
+    assert run.resume(tmp_path / "run", gateway.url) is Ending.FINISHED
+    assert gateway.asked
+
+
 @pytest.mark.parametrize(
     ("function", "timeout_s", "message"),
     [

@@ -9,9 +9,11 @@ import threading
 import time
 from pathlib import Path
 
+import click
 import pytest
 
-from trainer import launch
+from trainer import cli, launch
+from trainer.errors import TOLD, ConfigError, DataError, ModelError
 
 STAND_IN = """#!{python} -IS
 import os, signal, sys, time
@@ -47,6 +49,42 @@ def test_each_gets_the_command_and_its_number_and_the_run_ends_well(
     assert launch.launch(3, ["sft", "--config", "a b"]) == 0
     said = [(started / str(rank)).read_text() for rank in range(3)]
     assert all(line.startswith("-m trainer sft --config a b 3 ") for line in said)
+
+
+def test_the_first_is_handed_the_socket_where_they_meet(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It listens, so the port cannot be anybody else's; the others know only where it is."""
+    code = f"""
+handed = os.environ[{launch.MEETING!r}]
+if rank == 0:
+    import socket
+    listening = socket.socket(fileno=int(handed))
+    assert listening.getsockname() == (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    assert listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+else:
+    assert handed == ""
+"""
+    stand_in(started, monkeypatch, code)
+    assert launch.launch(2, ["sft"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "told"),
+    [
+        ("0", ConfigError("bad key"), "bad key"),
+        ("1", ConfigError("bad key"), None),
+        ("1", ModelError("no device"), "process 1: no device"),
+        ("1", DataError("bad row"), None),
+    ],
+)
+def test_what_all_processes_meet_the_first_alone_tells(
+    rank: str, error: Exception, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    if isinstance(error, DataError):
+        error.add_note(TOLD)
+    with pytest.raises((click.ClickException, SystemExit)) as raised, cli._shown_as_click_error():
+        raise error
+    assert (raised.value.message if isinstance(raised.value, click.ClickException) else None) == told
 
 
 def test_a_signal_pauses_all(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:

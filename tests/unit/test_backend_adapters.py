@@ -12,7 +12,7 @@ import pytest
 
 from backends import registry, upstream
 from backends.base import AdapterRejected, Endpoint, EngineUnreachable, UnsupportedSpec
-from backends.spec import BACKEND_NAMES, BackendName
+from backends.spec import BACKEND_NAMES, BackendName, EngineSpec
 
 RECORDINGS = Path(registry.__file__).parent / "emulator" / "recordings"
 ADAPTER = Path("/adapters/good")
@@ -170,6 +170,33 @@ async def test_readiness(engine: BackendName, answers: list[httpx2.Response], re
 @pytest.mark.parametrize("failure", [unreachable, hanging])
 async def test_an_engine_that_does_not_answer_is_not_ready(engine: BackendName, failure: Handler) -> None:
     assert await registry.get(engine).is_ready(client(failure)) is False
+
+
+def spec(engine: BackendName, **fields: Any) -> EngineSpec:
+    given = {"version": "1", "model_path": "/m", "served_name": "base", "device": "cuda"} | fields
+    return EngineSpec(backend=engine, **given)
+
+
+async def test_sglang_samples_once_before_it_serves() -> None:
+    """The first request with top_k compiles its kernels; how it is answered does not matter."""
+    seen: list[tuple[str, Any]] = []
+    await registry.get("sglang").warm_up(answering(httpx2.Response(400), seen=seen), spec("sglang"))
+    [(path, body)] = seen
+    assert (path, body["model"], body["top_k"], body["max_tokens"]) == ("/v1/completions", "base", 2, 1)
+    assert body["temperature"] > 0  # a greedy request does not sample
+
+
+async def test_a_warm_up_that_takes_too_long_is_given_up() -> None:
+    await registry.get("sglang").warm_up(client(hanging), spec("sglang"))
+    with pytest.raises(EngineUnreachable):
+        await registry.get("sglang").warm_up(client(unreachable), spec("sglang"))
+
+
+@pytest.mark.parametrize(
+    "cold", [spec("sglang", device="cpu"), spec("sglang", task="embed"), spec("vllm"), spec("lmdeploy")]
+)
+async def test_nothing_to_warm_up(cold: EngineSpec) -> None:
+    await registry.get(cold.backend).warm_up(client(unreachable), cold)
 
 
 @pytest.mark.parametrize("engine", BACKEND_NAMES)

@@ -155,6 +155,8 @@ LINES = [
     ("ValueError: Unrecognized model in /m. Should have a `model_type` key in its config.json.", "check --model"),
     ("RuntimeError: Cannot find any model weights with `/m`", "no weights"),
     ("safetensors_rust.SafetensorError: Error while deserializing header: incomplete metadata", "damaged or cut short"),
+    ("RuntimeError: Could not find nvcc and default cuda_home='/usr/local/cuda' doesn't exist", "set CUDA_HOME"),
+    ("RuntimeError: Ninja build failed. Ninja output:\nninja: build stopped: subcommand failed.", "nvcc is missing"),
     ("ModuleNotFoundError: No module named 'flashinfer'", "lacks the package flashinfer"),
     ("ImportError: libcudart.so.13: cannot open shared object file", "environment is broken (libcudart.so.13"),
     ("set `trust_remote_code=True` in LLM", "--engine-arg=--trust-remote-code"),

@@ -389,6 +389,16 @@ def test_the_environment_of_an_engine() -> None:
     }
 
 
+def test_an_emulated_engine_finds_what_the_gateway_found(run_dir: Path) -> None:
+    """The project may be on the path by PYTHONPATH alone, or by the directory that the gateway was started in."""
+    assert "PYTHONPATH" not in process.engine_environment(Launch(("/env/bin/vllm",)), {"PYTHONPATH": "/elsewhere"})
+    environment = process.engine_environment(Launch((sys.executable,)), {})
+    imports = "import backends.emulator.__main__ as found; print(found.__file__)"
+    found = subprocess.run([sys.executable, "-S", "-c", imports], cwd=run_dir, env=environment, capture_output=True,
+                           text=True, check=True).stdout  # fmt: skip
+    assert Path(found.strip()).parents[2] == Path(process.__file__).parents[1]
+
+
 def test_free_ports_are_outside_the_kernels_range() -> None:
     first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     ports = {process.free_port() for _ in range(20)}

@@ -108,6 +108,7 @@ class Sglang(Engine):
         return _COMPLETION_TOKENS if ask.kind == "completion" else None
 
     def resolve(self, ask: Ask) -> None:
+        ask.keeps_seed = self.settings.seeds
         _, colon, name = str(ask.model or "").partition(":")
         name = name if colon else ask.get("lora_path", "")
         if not name:

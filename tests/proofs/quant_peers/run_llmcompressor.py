@@ -1,4 +1,4 @@
-"""llm-compressor on the CPU, started by its own Python with a JSON job as the argument; writes seconds to OUT.json."""
+"""llm-compressor, started by its own Python with a JSON job as the argument; writes what it took to OUT.json."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ def main() -> None:
         max_seq_length=rows.shape[1],
     )
     figures = {"quantize_s": time.monotonic() - started, "quantize_cpu_s": time.process_time() - started_cpu}
+    if job["device"] == "cuda":  # which it takes by itself where there is one
+        figures["device_gb"] = torch.cuda.max_memory_allocated() / 1e9
     model.save_pretrained(job["out"], save_compressed=True)
     Path(job["out"] + ".json").write_text(json.dumps(figures))
 

@@ -27,6 +27,7 @@ from quant.cli import find_model
 from tests.proofs.cost import Cost, run
 from tests.proofs.environments import NotHere, environment, versions
 from tests.proofs.quant_peers.__main__ import cut_model, machine
+from tests.proofs.train_peers.rows import answer_words
 
 _RANK, _BATCH, _MAX_LENGTH, _WARM = 16, 8, 1024, 2
 _COMMON = ("torch==2.13.0",)
@@ -134,11 +135,11 @@ def main() -> None:
 
 
 def conversations(count: int) -> Iterator[dict[str, Any]]:
-    """Questions with answers of 20 to 600 words, most of them short, always the same."""
+    """Questions with answers of 20 to 600 words, always the same."""
     with gzip.open(BUNDLED, "rt", encoding="utf-8") as lines:
         words = " ".join(json.loads(line).get("text", "") for line in lines).split()
-    rng = np.random.default_rng(0)
-    for length in np.clip(rng.lognormal(np.log(100), 0.8, count), 20, 600).astype(int):
+    rng = np.random.default_rng(1)
+    for length in answer_words(count):
         at = int(rng.integers(0, len(words) - length))
         answer = " ".join(words[at : at + length])
         yield {"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": answer}]}

@@ -82,6 +82,21 @@ def test_targets_take_turns_and_are_paired(url: str, tmp_path: Path) -> None:
     assert abs(ttft["difference"]["p50"]["value"]) < 10
 
 
+def test_targets_mix_their_own_names_for_the_same_adapters(url: str, tmp_path: Path) -> None:
+    result = invoke(
+        "run", "--target", f"direct={url},adapters=a-1+a-2", "--target", f"gateway={url},adapters=x+y",
+        "--concurrency", "2", "--duration", "1", "--block", "0.5", "--repeats", "1", "--warmup", "0",
+        "--workload", "random:16/5", "--quiet", "--out", str(tmp_path), "--name", "own",
+    )  # fmt: skip
+    assert result.exit_code in (0, 3), result.output
+    record = read_record(tmp_path / "own" / "record.jsonl.gz")
+    named: dict[str, dict[tuple[int, int | None], str]] = {"direct": {}, "gateway": {}}
+    for request in record.requests:
+        named[request.target][request.index, record.header.segments[request.segment].pair] = request.model
+    twins = {(model, named["gateway"][key]) for key, model in named["direct"].items() if key in named["gateway"]}
+    assert twins == {("a-1", "x"), ("a-2", "y")}
+
+
 def test_sweep_finds_its_rates_and_capacity_its_limit(url: str, tmp_path: Path) -> None:
     common = ["--url", url, "--workload", "random:16/5", "--warmup", "0", "--quiet", "--out", str(tmp_path)]
     swept = invoke("sweep", "--duration", "0.4", "--repeats", "1", "--name", "s", *common)

@@ -84,8 +84,16 @@ def test_a_failed_switch_says_why(calls: Calls) -> None:
     calls.answers = [{"backend": "vllm", "switch": {"phase": "failed", "reason": "no memory"}}]
     result = run("backend", "switch", "sglang")
     assert result.exit_code == 1
-    assert "vllm serves on: no memory" in result.output
+    assert "not switched to sglang: no memory" in result.output
     assert calls[0][2] == {"backend": "sglang", "mode": "beside"}
+
+
+def test_a_switch_that_control_did_not_live_to_finish(calls: Calls) -> None:
+    under_way = {"backend": "vllm", "switch": {"phase": "starting"}}
+    calls.answers = [under_way, {"backend": "vllm", "switch": None}]
+    result = run("backend", "switch", "sglang")
+    assert result.exit_code == 1
+    assert "started again meanwhile, and goes on with vllm" in result.output
 
 
 def test_reload(calls: Calls) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from backends import registry as backends
-from backends.base import Backend
+from backends.base import Backend, BackendError
 from backends.spec import BackendName
 from gateway.adapters.package import Part
 from gateway.adapters.storage import AdapterStorage
@@ -96,12 +96,16 @@ class World:
         )
         self.core = Core(setup, self.store, storage)
         self.config = ServeConfig(backend=backend, replicas=replicas, start_timeout_s=20, drain_timeout_s=20)
-        self.estate = Estate(self.core, self._make, Running.of(self.config), None)
+        self.estate = Estate(self.core, self._make, Running.of(self.config), None, lambda _: self.shares)
+        self.shares = 1  # of the devices, as many replicas fit side by side
+        self.refused: BackendError | None = None  # the next replicas cannot be made, for this
         self.next_script = Script()  # of the replicas that are started later
         policy = Policy("base", self.base_path, slots=4, max_rank=16, max_upload_bytes=1_000_000)
         self.service = Service(self.core, storage, policy, created=1)
 
     def _make(self, config: ServeConfig, indices: Sequence[int]) -> tuple[Backend, list[tuple[str, Host]]]:
+        if self.refused is not None:
+            raise self.refused
         backend = backends.get(config.backend)
         made = [FakeHost(backend, self.next_script, self._loop) for _ in indices]
         self.hosts += made

@@ -316,7 +316,9 @@ async def test_admin(start: Start) -> None:
         assert "api_key" not in str(listed) and "key" not in str(listed)
         assert (await client.post("/admin/replicas/r0/drain")).json()["state"] == "draining"
         assert world.model("base").engine_models == {"r1": "base"}
+        assert world.estate.running.drained == (0,)
         assert (await client.post("/admin/replicas/r0/resume")).json()["state"] == "ready"
+        assert world.estate.running.drained == ()
         assert len(world.model("base").engine_models) == 2
         assert_error(await client.post("/admin/replicas/r7/drain"), 404, "r0, r1")
 
@@ -388,6 +390,48 @@ async def test_too_large_is_said_at_once_and_the_rest_is_read(start: Start, tmp_
             assert await reader.read() == b""
         writer.close()
         assert left(world) == []
+
+
+JSON_ROUTES = ("/v1/load_lora_adapter", "/v1/adapters/x/promote", "/admin/keys", "/admin/backend")
+
+
+@pytest.mark.parametrize("path", JSON_ROUTES)
+@pytest.mark.parametrize("declared", [True, False])
+async def test_multipart_is_refused_unread_where_json_is_due(
+    start: Start, tmp_path: Path, path: str, declared: bool
+) -> None:
+    """By the head alone, and the client is not cut off while it sends the rest."""
+    async with start() as world, served(world, tmp_path):
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "api.sock")
+        framing = "content-length: 9000000" if declared else "transfer-encoding: chunked"
+        kind = "content-type:  Multipart/Form-Data; boundary=b\r\nconnection: close"
+        writer.write(f"POST {path} HTTP/1.1\r\nhost: x\r\n{framing}\r\n{kind}\r\n\r\n".encode())
+        async with asyncio.timeout(10):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            body = (await reader.readuntil(b"}}")).decode()
+            assert "415" in head.splitlines()[0]
+            assert "'Multipart/Form-Data; boundary=b'" in body and f"POST {path} takes application/json" in body
+            assert '"type":"invalid_request_error"' in body
+            for _ in range(90):
+                writer.write(b"x" * 100_000 if declared else b"186a0\r\n%b\r\n" % (b"x" * 100_000))
+                await writer.drain()
+            writer.write(b"" if declared else b"0\r\n\r\n")
+            await reader.read()
+        writer.close()
+
+
+async def test_every_json_route_has_the_limit(start: Start) -> None:
+    form = {"content-type": "multipart/form-data; boundary=b"}
+    async with api(start) as (_, client):
+        for path in JSON_ROUTES:
+            assert_error(await client.post(path, content=b" " * 2_000_001), 413, "over 2000000 bytes")
+        assert_error(await client.post("/v1/adapters", json={"a": "x" * 2_000_000}), 413, "as multipart/form-data")
+        put = await client.put("/v1/adapters", content=b"--b--", headers=form)
+        assert_error(put, 405, "PUT /v1/adapters")
+        assert_error(await client.post("/v1/audio/transcriptions", content=b"--b--", headers=form), 404, "No route")
+        assert (await client.get("/v1/models", headers=form)).status_code == 200
+        bare = form | {"content-length": "0"}
+        assert (await client.post("/admin/replicas/r0/resume", headers=bare)).status_code == 200
 
 
 async def test_client_that_goes_away_leaves_nothing(start: Start, tmp_path: Path) -> None:

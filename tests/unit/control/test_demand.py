@@ -61,6 +61,22 @@ def test_a_row_with_requests_in_flight_is_kept() -> None:
     assert cells.rows.cell("r0", "a-2") != cells.rows.cell("r0", "a-1")
 
 
+def test_a_replica_that_is_gone_gives_back_its_rows() -> None:
+    """Each switch of engines makes others."""
+    cells = Cells()
+    for _ in range(3):
+        first, base = cells.rows.cell("r1", "a-1"), cells.rows.cell("r1", None)
+        kept = cells.rows.cell("r0", None)
+        cells.values[base] = 1
+        cells.rows.release_others({"r0"})
+        assert cells.rows.places == {("r0", None): kept, ("r1", None): base}  # what is in flight there is still counted
+        cells.values[base] = 0
+        cells.rows.release_others({"r0"})
+        assert cells.rows.places == {("r0", None): kept}
+        assert {cells.rows.cell("r2", None), cells.rows.cell("r2", "a-1")} == {first, base}
+        cells.rows.release_others({"r0"})
+
+
 def test_one_is_asked_for_from_its_first_request_on() -> None:
     cells = Cells()
     cells.ask("a-1", 0)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from backends.base import Backend, EngineBusy
 from gateway.adapters.golden import Golden, Reference, read_reference
-from gateway.control.gate import Gate, judge, precision
+from gateway.control import gate as module
+from gateway.control.gate import Asked, Gate, judge, precision
 from gateway.errors import InvalidRequest
 
 GOLDENS = (
@@ -105,6 +109,19 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, change: dict[str, Any], w
     write(tmp_path, {"golden": [GOOD | change]})
     with pytest.raises(InvalidRequest, match=words):
         read_reference(tmp_path)
+
+
+async def test_a_manifest_that_cannot_be_read_says_nothing_of_its_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked again: neither condemned, nor a defect of ours that would end control."""
+
+    def broken(_: Path) -> Reference:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(module, "read_reference", broken)
+    with pytest.raises(EngineBusy, match=r"golden prompts cannot be read: .*Input/output error"):
+        await Gate("16-bit").check(cast(Backend, None), cast(Asked, None), "a-1", tmp_path)
 
 
 def write(directory: Path, manifest: dict[str, Any]) -> None:

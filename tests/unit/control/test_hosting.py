@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from backends import envs, process
+from backends import registry as backends
 from backends.spec import EngineSpec
 from gateway.config import ConfigError, ServeConfig
 from gateway.control import __main__ as main
 from gateway.control import wiring
-from gateway.control.hosting import AttachedHost, gpus_of
-from gateway.control.log import JsonLines
+from gateway.control.hosting import AttachedHost, LocalHost, Place, gpus_of, shares_of
+from gateway.control.log import Aside, JsonLines
 from gateway.control.publish import Public
-from gateway.control.replica import Replica, State
+from gateway.control.replica import OPERATOR, Replica, State
 from gateway.control.running import Running, line
 from gateway.control.supervisor import Duties, Supervisor
 from tests.support.checkpoints import write_checkpoint
 from tests.support.fake_engine import FakeEngine, Script
 from tests.support.peft_files import TINY
+from tests.support.wait import eventually
 from tests.unit.control.conftest import FAST, until
 
 
@@ -103,31 +109,71 @@ SPEC = EngineSpec(
 
 
 @pytest.mark.parametrize(
-    ("index", "visible", "gpus"),
-    [(0, None, "0,1"), (1, None, "2,3"), (0, "4,5,6,7", "4,5"), (1, "4,5,6,7", "6,7"), (1, "a, b ,c,d", "c,d")],
+    ("visible", "shares"),
+    [
+        (None, ["0,1", "2,3"]),
+        ("4,5,6,7", ["4,5", "6,7"]),
+        ("a, b ,c,d,e", ["a,b", "c,d"]),
+        ("5,4,3,2,1,0", ["5,4", "3,2", "1,0"]),  # the third has none yet
+    ],
 )
-def test_every_replica_has_its_own_gpus(index: int, visible: str | None, gpus: str) -> None:
-    assert gpus_of(index, 2, SPEC, visible, 4) == {"CUDA_VISIBLE_DEVICES": gpus}
+def test_every_replica_has_its_own_gpus(visible: str | None, shares: list[str]) -> None:
+    assert shares_of(2, SPEC, visible, 4) == shares
+    assert [gpus_of(index, shares) for index in (0, 1)] == [{"CUDA_VISIBLE_DEVICES": one} for one in shares[:2]]
 
 
 def test_too_few_gpus() -> None:
     with pytest.raises(ConfigError, match="--replicas 2 needs 4 GPUs, CUDA_VISIBLE_DEVICES=0,1,2 has 3"):
-        gpus_of(1, 2, SPEC, "0,1,2", 4)
+        shares_of(2, SPEC, "0,1,2", 4)
     with pytest.raises(ConfigError, match="--replicas 3 needs 6 GPUs, this machine has 4; lower --replicas"):
-        gpus_of(0, 3, SPEC, None, 4)
+        shares_of(3, SPEC, None, 4)
     with pytest.raises(ConfigError, match="--replicas 1 needs 2 GPUs, CUDA_VISIBLE_DEVICES= has 0"):
-        gpus_of(1, 1, SPEC, "", 4)
+        shares_of(1, SPEC, "", 4)
 
 
 def test_what_takes_over_shares_the_gpus_of_what_it_takes_over_from() -> None:
     """Of two replicas on all GPUs, a switch's new ones have the numbers 2 and 3."""
-    assert [gpus_of(index, 2, SPEC, None, 4)["CUDA_VISIBLE_DEVICES"] for index in (2, 3)] == ["0,1", "2,3"]
+    assert [gpus_of(index, ["0,1", "2,3"])["CUDA_VISIBLE_DEVICES"] for index in (2, 3)] == ["0,1", "2,3"]
 
 
 def test_gpus_that_nobody_counted_are_handed_out_all_the_same() -> None:
-    assert gpus_of(1, 2, SPEC, None, 0) == {"CUDA_VISIBLE_DEVICES": "2,3"}
-    # What takes over from the only one: there may be no more GPUs than it has.
-    assert gpus_of(1, 1, SPEC, None, 0) == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert shares_of(2, SPEC, None, 0) == ["0,1", "2,3"]
+    # What takes over from the only one shares with it: there may be no more GPUs than it has.
+    assert shares_of(1, SPEC, None, 0) == ["0,1"]
+
+
+def test_gpus_of_replicas_as_they_are_wired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the GPUs that the gateway sees; a number that was not among the first has the share that it was given for."""
+    model = write_checkpoint(tmp_path / "tiny", TINY)
+    (model / "tokenizer.json").write_text("{}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setattr(envs, "gpu_count", lambda: 4)
+    monkeypatch.setattr(envs, "find", envs.lookup)  # as if it were installed
+    config = ServeConfig.model_validate({"model": str(model), "backend": "vllm", "device": "cuda", "replicas": 2})
+    assert wiring._shares(config) == 2
+    assert wiring._shares(config.model_copy(update={"replicas": 1})) == 2
+    with pytest.raises(ConfigError, match="--replicas 3 needs 3 GPUs, CUDA_VISIBLE_DEVICES=2,3 has 2"):
+        wiring._shares(config.model_copy(update={"replicas": 3}))
+    place = Place(tmp_path, tmp_path, 1, 1.0)
+    _, hosts = wiring._make(place, config, [0, 1, 3])
+    given = [(id, host._env) for id, host in hosts if isinstance(host, LocalHost)]
+    gpus = [("r0", "2"), ("r1", "3"), ("r3", "3")]
+    assert given == [(id, {"CUDA_VISIBLE_DEVICES": names}) for id, names in gpus]
+    emulated = config.model_copy(update={"engine_version": "emulator"})
+    assert wiring._shares(emulated) == 1
+    assert wiring._shares(config.model_copy(update={"device": "cpu"})) == 1
+
+
+def test_no_process_to_be_had_is_a_failed_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no defect of ours, which would end control."""
+
+    def start(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(process, "start", start)
+    host = LocalHost("r0", backends.get("vllm"), SPEC, ("vllm",), Place(tmp_path, tmp_path, 1, 1.0), {})
+    with pytest.raises(process.EngineStartError, match=r"cannot start r0: .*Cannot allocate memory"):
+        host.start({})
 
 
 @pytest.fixture
@@ -151,6 +197,15 @@ def test_configuration_of_own_engines(config: Callable[..., ServeConfig], tmp_pa
     assert setup.public == Public("tiny", {})
     assert len(control.core.keys.published) == 1
     assert "secret" not in repr(setup)
+    control.store.close()
+
+
+def test_what_an_operator_drained_stays_so_in_the_next_control_process(
+    config: Callable[..., ServeConfig], tmp_path: Path
+) -> None:
+    running = Running.of(config(replicas=2)).model_copy(update={"replicas": (0, 3), "drained": (3,)})
+    control = wiring.build(running, tmp_path / "run", 1)
+    assert [replica.is_drained(OPERATOR) for replica in control.core.replicas] == [False, True]
     control.store.close()
 
 
@@ -187,6 +242,38 @@ def test_configuration_that_cannot_be_served_ends_with_its_own_status(
         main.main()
     assert ended.value.code == 2
     assert "--attach nonsense" in capsys.readouterr().err
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 4095 + b"\n")
+    os.set_blocking(writing, True)
+    handler = Aside(writing, kept=100)
+    handler.setFormatter(JsonLines())
+    logger = logging.Logger("stalled")
+    logger.addHandler(handler)
+    for number in range(1000):
+        logger.warning("line %d", number)
+    os.set_blocking(reading, False)
+    text = b""
+
+    def read() -> list[dict[str, object]]:
+        nonlocal text
+        with contextlib.suppress(BlockingIOError):
+            text += os.read(reading, 1 << 20)
+        return [json.loads(line) for line in text.split(b"\n")[:-1] if line.startswith(b"{")]
+
+    eventually(lambda: len(read()) >= 100)
+    logger.warning("the last")
+    lines = eventually(lambda: found if (found := read())[-1].get("note") == "the last" else None)
+    assert lines is not None
+    dropped = sum(int(str(line.get("dropped_log_lines", 0))) for line in lines)
+    assert dropped and dropped + sum("note" in line for line in lines) == 1001
+    handler.close()
+    os.close(reading)
 
 
 def test_log_lines_are_json() -> None:

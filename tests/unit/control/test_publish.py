@@ -11,6 +11,7 @@ import pytest
 
 from backends import registry as backends
 from backends.base import Endpoint
+from gateway.control import publisher as module
 from gateway.control.catalog import Adapter, Version, VersionState
 from gateway.control.publish import Public, build
 from gateway.control.publisher import Publisher
@@ -166,6 +167,22 @@ async def test_slow_relay_gets_the_newest_and_misses_what_is_outdated(publisher:
         seen.append((await relay.next()).version)
     assert seen == sorted(seen)
     assert len(seen) < 29
+    relay.writer.close()
+
+
+async def test_a_relay_that_does_not_read_is_let_go(
+    publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: everybody waits for all relays who wants a change to hold."""
+    monkeypatch.setattr(module, "_SEND_LIMIT_S", 0.05)
+    many = {f"key-{number}": Key("x" * 1000, frozenset()) for number in range(2000)}
+    relay = await connect(tmp_path)
+    relay.writer.transport.pause_reading()
+    await until(lambda: publisher._links)
+    await publisher.publish(build(1, Public("base", many), [], {}))
+    await publisher.publish(build(2, Public("base", many), [], {}))
+    assert await publisher.wait_applied(2, 20)
+    assert not publisher._links
     relay.writer.close()
 
 

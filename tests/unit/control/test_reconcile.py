@@ -15,6 +15,7 @@ from gateway.errors import Conflict, InvalidRequest
 from gateway.observe.cells import IN_FLIGHT_ROW, Cells
 from gateway.observe.series import IN_FLIGHT
 from gateway.snapshot import Applied, Delta, ToRelay
+from tests.support.fake_engine import Script
 from tests.unit.control.conftest import Start, World, until
 
 
@@ -63,6 +64,24 @@ async def test_the_same_bytes_are_one_version(start: Start) -> None:
         other, new = await world.upload("corsair")
         assert (other["sha256"], other["id"], new) == (first["sha256"], "corsair@v1", True)
         assert world.hosts[0].calls.count(f"load {world.content_id('pirate')}") == 1
+
+
+async def test_the_same_bytes_while_their_name_is_deleted(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with start() as world:
+        await world.upload("pirate")
+        registry = world.core.registry
+        aim = registry.aim
+
+        async def deleted_first(*given: Any) -> None:
+            await registry.delete("pirate")
+            await aim(*given)
+
+        monkeypatch.setattr(registry, "aim", deleted_first)
+        with pytest.raises(Conflict, match="pirate@v1 was deleted meanwhile"):
+            await world.upload("pirate")
+        monkeypatch.undo()
+        shown, new = await world.upload("pirate")
+        assert (shown["state"], new) == ("ready", True)
 
 
 async def test_engine_that_says_200_and_does_not_have_it(start: Start) -> None:
@@ -134,6 +153,35 @@ async def test_hanging_load_restarts_the_replica(start: Start, monkeypatch: pyte
         shown, _ = await uploading
         assert shown["state"] == "ready"
         assert not world.hosts[0].engines[0].alive()
+
+
+async def test_an_adapter_is_not_blamed_for_replicas_that_are_taken_away(start: Start) -> None:
+    """However often one is stopped, by a reload or a switch, while it loads it."""
+    async with start() as world:
+        world.script.hangs_loading = True
+        uploading = asyncio.create_task(world.upload("slow"))
+        for _ in range(3):
+            last = world.hosts[-1]
+            await until(lambda last=last: any(call.startswith("load") for call in last.calls))
+            world.next_script = Script(hangs_loading=True)
+            more = await world.estate.add(world.estate.running.config, 1)
+            await world.core.remove(world.replicas[0])
+            assert world.replicas == more
+        world.next_script.hangs_loading = False
+        world.hosts[-1].engine.die()
+        shown, _ = await uploading
+        assert shown["state"] == "ready"
+
+
+async def test_no_adapter_is_blamed_where_no_process_could_be_started(start: Start) -> None:
+    async with start(backend="lmdeploy") as world:
+        world.script.start_error = "cannot allocate memory"
+        uploading = asyncio.create_task(world.upload("pirate"))
+        await until(lambda: world.replicas[0].state is State.FAILED)
+        await until(lambda: len(world.hosts[0].started_with) > 2)
+        world.script.start_error = None
+        shown, _ = await uploading
+        assert shown["state"] == "ready"
 
 
 async def test_busy_engine_is_asked_again_and_left_running(start: Start) -> None:

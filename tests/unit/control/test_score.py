@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,6 +66,27 @@ time.sleep(600)
         await command(code, limit_s=3.0).run("a@v1", "a@v2")
     parent, child = map(int, pids.read_text().split())
     await until(lambda: not alive(parent) and not alive(child))
+
+
+async def test_a_command_ends_with_control(tmp_path: Path) -> None:
+    """However that ends."""
+    mark = tmp_path / "pid"
+    score = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    code = (
+        "import asyncio, sys; from gateway.control.score import ScoreCommand; "
+        f"asyncio.run(ScoreCommand((sys.executable, '-c', {score!r}), 'http://gateway', 600.0).run('a', 'b'))"
+    )
+    control = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        pid = int(await until(lambda: mark.exists() and mark.read_text()))
+    finally:
+        control.kill()
+        control.wait()
+    try:
+        await until(lambda: not alive(pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def alive(pid: int) -> bool:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
+from backends.process import EngineStartError
 from gateway.config import ServeConfig
+from gateway.control.fleet import Fleet
+from gateway.control.hosting import AttachedHost
 from gateway.control.reload import Reload
 from gateway.control.replica import State
 from gateway.control.running import Notebook, Running, line
 from gateway.control.switch import Switch
 from gateway.errors import Conflict, InvalidRequest
 from tests.support.fake_engine import Script
-from tests.unit.control.conftest import Start, World, until
+from tests.unit.control.conftest import FAST, Start, World, until
 from tests.unit.control.test_api import api, assert_error
+from tests.unit.control.test_hosting import duties as no_duties
 
 
 def to(world: World, backend: str = "sglang") -> ServeConfig:
@@ -99,6 +105,21 @@ async def test_an_engine_that_does_not_come_up_changes_nothing(start: Start, scr
         assert switch.show()["backend"] == "sglang"
 
 
+async def test_what_is_deleted_meanwhile_is_not_waited_for(start: Start) -> None:
+    async with start() as world:
+        await world.upload("pirate")
+        await world.upload("robot", seed=1)
+        world.next_script = Script(never_ready=True)
+        switch = Switch(world.estate)
+        switch.begin(to(world), "beside")
+        await until(lambda: len(world.hosts) == 2)
+        await world.service.delete("pirate")
+        world.next_script.never_ready = False
+        await switch.wait(20)
+        assert switch.show()["switch"]["phase"] == "done", switch.show()
+        assert list(picture(world).models["robot"].engine_models) == ["r1"]
+
+
 async def test_replacing_stops_the_old_first(start: Start) -> None:
     async with start() as world:
         old = world.hosts[0]
@@ -131,6 +152,72 @@ async def test_a_replacement_that_does_not_come_up_brings_the_old_engine_back(st
         assert {replica.backend for replica in picture(world).replicas} == {"vllm"}
 
 
+async def test_an_old_engine_that_does_not_come_back_either(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    async with api(start) as (world, client):
+        switch = {"backend": "sglang", "mode": "replace", "wait_s": 20}
+        world.next_script = Script(dies_starting="CUDA out of memory")  # of both
+        shown = (await client.post("/admin/backend", json=switch)).json()
+        assert (shown["backend"], shown["switch"]["phase"]) == ("vllm", "failed")
+        first, _, second = shown["switch"]["reason"].partition("; and vllm, started again, does not come back: ")
+        for reason in (first, second):
+            assert "r0 did not start" in reason and "the model is too big" in reason
+        assert second.endswith("it is tried again, less and less often")
+        assert shown["switch"]["reason"] in caplog.text
+        world.next_script.dies_starting = None
+        await until(lambda: picture(world).models["base"].engine_models)
+
+
+async def test_an_old_engine_that_cannot_even_be_tried(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    async with start(replicas=2) as world:
+        world.next_script = Script(never_ready=True)
+        switch = Switch(world.estate)
+        switch.begin(to(world), "replace")
+        await until(lambda: len(world.hosts) == 4)
+        world.refused = EngineStartError("the checkpoint is gone")
+        world.next_script.dies_starting = "CUDA out of memory"
+        for host in world.hosts[2:]:
+            await until(lambda host=host: host.engines)
+            host.engine.die(1, "CUDA out of memory")
+        await switch.wait(20)
+        reason = switch.show()["switch"]["reason"]
+        assert "the model is too big; and vllm cannot be started again: the checkpoint is gone; nothing" in reason
+        assert reason in caplog.text
+        assert not world.replicas
+        world.refused, world.next_script = None, Script()
+        switch.begin(to(world), "beside")  # as many as there should be, not as there are
+        await switch.wait(20)
+        assert switch.show()["switch"]["phase"] == "done"
+        assert len(world.replicas) == 2
+
+
+async def test_a_defect_ends_a_switch_too(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with start() as world:
+
+        async def broken(*_: Any) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(world.estate, "ready", broken)
+        switch = Switch(world.estate)
+        switch.begin(to(world), "beside")
+        await until(lambda: switch.show()["switch"]["phase"] == "failed")
+        assert "defect" in switch.show()["switch"]["reason"] and "ZeroDivisionError" in caplog.text
+
+
+async def test_a_switch_begins_at_once(start: Start) -> None:
+    """Not when its task first runs: what came between would be undone by it."""
+    async with start() as world:
+        switch = Switch(world.estate)
+        switch.begin(to(world), "beside")
+        with pytest.raises(Conflict, match="under way"):
+            switch.begin(to(world), "beside")
+        with pytest.raises(Conflict, match="under way"):
+            await Reload(world.estate).run()
+        await switch.wait(20)
+        assert len(world.hosts) == 2
+
+
 async def test_api(start: Start) -> None:
     async with api(start) as (world, client):
         assert (await client.get("/admin/backend")).json() == {
@@ -151,7 +238,7 @@ class TestReload:
         file = tmp_path / "gateway.yaml"
         file.write_text(text)
         flags = {"start_timeout_s": 20, "drain_timeout_s": 20, "backend": "vllm"}
-        declared = ServeConfig.model_validate({"replicas": 1, **flags})
+        declared = ServeConfig.model_validate({"replicas": len(world.replicas), **flags})
         world.estate.running = Running(config=declared, declared=declared, file=file, flags=flags)
         return Reload(world.estate)
 
@@ -200,6 +287,58 @@ class TestReload:
             await switch.wait(20)
             assert switch.show()["switch"]["phase"] == "done"
             await until(lambda: [replica.id for replica in world.replicas] == ["r4", "r5"])
+
+    async def test_a_new_replica_gets_the_gpus_that_none_has(
+        self, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not those of one that stays, while the one that is to go still has some."""
+        async with start(replicas=2) as world:
+            world.shares = 2
+            reload = self.world_of(world, tmp_path, "replicas: 2\n")
+            await reload.run()
+            busy = 1
+
+            async def in_flight(replica: Any) -> int:
+                return busy if replica.index == 1 else 0
+
+            monkeypatch.setattr(world.core, "in_flight", in_flight)
+            file = tmp_path / "gateway.yaml"
+            file.write_text("replicas: 1\n")
+            await reload.run()
+            file.write_text("replicas: 2\n")
+            await reload.run()  # while r1 drains
+            assert world.estate.running.indices == (0, 3)
+            assert [index % 2 for index in world.estate.running.indices] == [0, 1]
+            busy = 0
+            await until(lambda: [replica.id for replica in world.replicas] == ["r0", "r3"])
+            switch = Switch(world.estate)
+            switch.begin(to(world), "beside")  # all are in use: each new one shares with one of the old
+            await switch.wait(20)
+            assert world.estate.running.indices == (1, 2)
+
+    async def test_a_replica_has_its_number_until_its_engine_is_gone(
+        self, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A new one of the same number would find the dying engine, and take it for its own."""
+        async with start(replicas=2) as world:
+            reload = self.world_of(world, tmp_path, "replicas: 1\n")
+            dying, end = threading.Event(), threading.Event()
+            close = world.hosts[1].close
+
+            def slowly(grace_s: float) -> None:
+                dying.set()
+                assert end.wait(20)
+                close(grace_s)
+
+            monkeypatch.setattr(world.hosts[1], "close", slowly)
+            await reload.run()
+            await until(dying.is_set)
+            assert [replica.id for replica in world.replicas] == ["r0"]
+            (tmp_path / "gateway.yaml").write_text("replicas: 2\n")
+            await reload.run()
+            assert [replica.id for replica in world.replicas] == ["r0", "r2"]
+            end.set()
+            await until(lambda: world.hosts[1].closed)
 
     async def test_a_replacement_waits_until_those_that_a_reload_took_out_are_gone(
         self, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -261,6 +400,49 @@ class TestReload:
             assert {replica.backend for replica in picture(world).replicas} == {"sglang"}
 
 
+class TestRows:
+    """Which number a new replica gets; its GPUs are those of the number modulo the shares."""
+
+    def fleet(self, *indices: int) -> Fleet:
+        fleet = Fleet(lambda _: no_duties(), FAST, lambda: None)
+        for index in indices:
+            fleet.add(f"r{index}", index, AttachedHost("http://127.0.0.1:1", "", "m"), None)
+        return fleet
+
+    @pytest.mark.parametrize(
+        ("taken", "leaving", "shares", "count", "given"),
+        [
+            ((), (), 1, 2, [0, 1]),
+            ((0, 1), (), 1, 2, [2, 3]),
+            ((0, 2), (2,), 1, 1, [1]),
+            ((), (), 4, 2, [0, 1]),
+            ((0, 1), (1,), 2, 1, [3]),  # beside the one that goes
+            ((0, 1), (), 2, 2, [2, 3]),  # a switch on GPUs that are all in use: one beside each
+            ((0, 1), (), 4, 2, [2, 3]),  # and where there are more
+            ((2, 3), (), 3, 1, [1]),
+            ((0, 1, 2), (0, 2), 2, 1, [4]),
+            ((0, 1, 3, 5), (1, 3, 5), 2, 2, [7, 2]),
+            ((0, 4), (), 4, 3, [1, 2, 3]),
+        ],
+    )
+    def test_the_emptiest_share(
+        self, taken: tuple[int, ...], leaving: tuple[int, ...], shares: int, count: int, given: list[int]
+    ) -> None:
+        assert self.fleet(*taken).free_indices(count, shares, {f"r{index}" for index in leaving}) == given
+
+    @pytest.mark.parametrize("shares", [1, 2, 3, 8])
+    def test_no_share_twice_while_there_is_a_free_one(self, shares: int) -> None:
+        random = Random(shares)
+        for _ in range(200):
+            staying = random.sample(range(3 * shares), random.randrange(shares + 1))
+            count = random.randrange(shares + 1)
+            given = self.fleet(*staying).free_indices(count, shares)
+            assert len({*given, *staying}) == count + len(staying)
+            free = shares - len({index % shares for index in staying})
+            fresh = {index % shares for index in given} - {index % shares for index in staying}
+            assert len(fresh) == min(free, count)
+
+
 def test_what_runs_is_the_last_whole_line(tmp_path: Path) -> None:
     notebook = Notebook(tmp_path / "running")
     first = Running.of(ServeConfig(api_key=("secret",), replicas=2), Path("/a.yaml"), {"port": 1})
@@ -270,6 +452,10 @@ def test_what_runs_is_the_last_whole_line(tmp_path: Path) -> None:
     second = first.model_copy(update={"replicas": (2, 3)})
     notebook.write(second)
     assert notebook.read() == second
-    with (tmp_path / "running").open("ab") as file:
-        file.write(line(first)[:50])  # killed while it wrote
-    assert notebook.read() == second
+    for torn in (b"\n", b"\n" + line(first)[:50], line(first)[:-1]):
+        with (tmp_path / "running").open("ab") as file:
+            file.write(torn)  # killed while it wrote
+        assert notebook.read() == second
+    third = first.model_copy(update={"replicas": (4,)})
+    notebook.write(third)  # by the next process
+    assert notebook.read() == third

@@ -164,6 +164,17 @@ def test_lmdeploy_adapters_are_those_it_was_started_with(model: Path, tmp_path: 
         assert say(client, "b").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("name", "flags", "kept"),
+    [("vllm", (), True), ("sglang", (), False), ("sglang", ("--enable-deterministic-inference",), True)],
+)
+def test_sglang_keeps_a_seed_only_where_it_is_told_to(
+    name: str, flags: tuple[str, ...], kept: bool, model: Path
+) -> None:
+    with emulator(name, *flags, model_path=model) as engine, engine.client() as client:
+        assert (text(say(client, "base", seed=1)) != text(say(client, "base", seed=2))) is kept
+
+
 # ---- starts that fail
 
 

@@ -148,12 +148,12 @@ async def test_a_defect_of_one_that_waits_ends_that_one_only(relay: Relay, monke
     await serving(relay, COLD)
     clients = [await relay.client() for _ in range(3)]
     for number, client in enumerate(clients):
-        client.chat(model="french", n=number)
+        client.chat(model="french", n=number + 1)
         await until(lambda count=number + 1: relay.app._awaiting.count == count)
     find, reported = Placing._find_route, []
 
     def broken(self: Placing) -> None:
-        if b'"n": 1' in self._body:
+        if b'"n": 2' in self._body:
             raise OverflowError("a defect")
         find(self)
 

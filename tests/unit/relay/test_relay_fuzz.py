@@ -161,6 +161,56 @@ def test_noise_is_refused(data: bytes, places: list[int]) -> None:
     served(cut(data, places))
 
 
+class Patient(Echo):
+    """Answers when it is told to."""
+
+    def body_end(self) -> None:
+        self.seen.append((self.request.method, self.request.target, self.data))
+
+
+def test_a_request_that_comes_between_two_turns_waits_for_its_own() -> None:
+    """The first has its answer, the second waits for the loop to come round, and the third arrives before it does."""
+    seen: list[tuple[bytes, bytes, bytes]] = []
+    turns: list[Any] = []
+    server: Any = SimpleNamespace(
+        draining=False,
+        connections=set(),
+        loop=SimpleNamespace(call_soon=turns.append),
+        handle=lambda client, request: Patient(seen, client, request),
+    )
+    connection, wire = ClientConnection(server), Wire()
+    connection.connection_made(wire)
+    for target in (b"/1", b"/2"):
+        connection.data_received(b"GET %b HTTP/1.1\r\nx-request-id: %b\r\n\r\n" % (target, target[1:]))
+    connection.answer(200, b"", b"")
+    connection.data_received(b"GET /3 HTTP/1.1\r\nx-request-id: 3\r\n\r\n")
+    while turns or len(seen) < 3:
+        turns.pop(0)()
+        connection.answer(200, b"", b"")
+    assert [target for _, target, _ in seen] == [b"/1", b"/2", b"/3"]
+    assert re.findall(rb"x-request-id: (.)", wire.written) == [b"1", b"2", b"3"]
+
+
+def test_what_is_no_request_is_not_answered_in_the_place_of_one() -> None:
+    """The second request waits for its turn; its client must not take the refusal for its answer."""
+    seen: list[tuple[bytes, bytes, bytes]] = []
+    turns: list[Any] = []
+    server: Any = SimpleNamespace(
+        draining=False,
+        connections=set(),
+        loop=SimpleNamespace(call_soon=turns.append),
+        handle=lambda client, request: Patient(seen, client, request),
+    )
+    connection, wire = ClientConnection(server), Wire()
+    connection.connection_made(wire)
+    connection.data_received(b"GET /1 HTTP/1.1\r\n\r\nGET /2 HTTP/1.1\r\n\r\n")
+    connection.answer(200, b"", b"")
+    connection.data_received(b"nonsense\r\n\r\n")
+    turns.pop(0)()
+    assert statuses(wire.written) == [200]
+    assert wire.closed
+
+
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nhost: a\r\n\r\n"
 
 

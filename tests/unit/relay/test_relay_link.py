@@ -196,6 +196,33 @@ async def test_a_reader_that_does_not_read_stops_nothing(monkeypatch: pytest.Mon
     os.close(writing)
 
 
+async def test_a_note_waits_for_no_reader_either() -> None:
+    """It would hold up every request of its relay."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 4095 + b"\n")
+    os.set_blocking(writing, True)
+    log = AccessLog(writing, asyncio.get_running_loop())
+    log.note("the link to control broke")
+    log.flush()
+    os.set_blocking(reading, False)
+    text = b""
+
+    def drained() -> bool:
+        nonlocal text
+        with contextlib.suppress(BlockingIOError):
+            text += os.read(reading, 1 << 20)
+        return b"the link to control broke" in text
+
+    await until(drained)
+    noted = json.loads(text.splitlines()[-1])
+    assert noted.keys() == {"ts", "note"}
+    os.close(reading)
+    os.close(writing)
+
+
 async def test_a_closed_reader_stops_nothing() -> None:
     reading, writing = os.pipe()
     os.close(reading)

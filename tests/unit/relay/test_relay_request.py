@@ -41,6 +41,10 @@ def test_the_head_is_read() -> None:
         (b'{"model":"a","stream":"yes"}', "stream", "wrong type"),
         (b'{"model":"a","stream_options":[]}', "stream_options", "wrong type"),
         (b'{"model":"a","stream_options":{"include_usage":3}}', "stream_options", "wrong type"),
+        (b'{"model":"a","n":0}', "n", "at least 1"),
+        (b'{"model":"a","n":-1,"stream":true}', "n", "at least 1"),
+        (b'{"model":"a","n":"2"}', "n", "got `str`"),
+        (b'{"model":"a","n":true}', "n", "got `bool`"),
     ],
 )
 def test_what_is_wrong_is_said(body: bytes, param: str | None, words: str) -> None:
@@ -48,6 +52,11 @@ def test_what_is_wrong_is_said(body: bytes, param: str | None, words: str) -> No
         decode(body)
     assert caught.value.param == param
     assert words in caught.value.message
+
+
+@pytest.mark.parametrize("n", ["null", "1", "128"])
+def test_a_count_of_answers_passes(n: str) -> None:
+    assert decode(b'{"model":"a","n":%b}' % n.encode()).model == "a"
 
 
 @pytest.mark.parametrize("field", sorted(RESERVED))

@@ -88,6 +88,25 @@ async def test_expect_100_continue_is_not_granted_to_a_body_too_large(relay: Rel
     assert engine.seen == []
 
 
+async def test_a_body_that_was_held_back_and_not_asked_for_ends_the_connection(relay: Relay) -> None:
+    """Its client may send it all the same, or the next request: nobody could tell."""
+    relay.serve(keys={hashlib.sha256(b"right").hexdigest(): Key("key-1", frozenset())})
+    async with relay.connected() as client:
+        client.writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nExpect: 100-continue\r\ncontent-length: 9\r\n\r\n")
+        got = await client.answer()
+        assert (got.status, got.headers["connection"]) == (401, "close")
+        client.writer.write(b"GET /health HTTP/1.1\r\n\r\n")
+        assert await client.closed()
+
+
+async def test_an_old_client_is_not_asked_for_its_body(relay: Relay) -> None:
+    await relay.engine(OK)
+    async with relay.connected() as client:
+        head = b"POST /v1/chat/completions HTTP/1.0\r\nExpect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(BODY)
+        client.writer.write(head + BODY)
+        assert (await client.answer()).status == 200
+
+
 async def test_a_declared_body_too_large_is_refused_at_once_and_is_the_connection_s_last(relay: Relay) -> None:
     await relay.engine(OK)
     async with relay.connected() as client:
@@ -220,6 +239,14 @@ async def test_an_offer_of_another_protocol_is_ignored(relay: Relay) -> None:
         client.writer.write(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org:443\r\n\r\n")
         assert (await client.answer()).status == 400
     assert {seen.body for seen in engine.seen} == {BODY}
+
+
+async def test_many_offers_of_another_protocol_at_once(relay: Relay) -> None:
+    offer = b"GET /health HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    async with relay.connected() as client:
+        client.writer.write(offer * 2000)
+        for _ in range(2000):
+            assert (await client.answer()).json == {"status": "ok"}
 
 
 async def test_idle_and_stuck_connections_are_closed(relay: Relay) -> None:

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,16 +17,17 @@ import msgspec
 import pytest
 from fastapi import Request
 
+from backends import process
 from gateway.api import files as files_api
 from gateway.api import fine_tuning
 from gateway.control.service import Service
 from gateway.control.views import FAILED, READY
-from gateway.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
+from gateway.errors import Conflict, InvalidRequest, NotFound
 from gateway.tuning import results as module
 from gateway.tuning import runner as runner_module
 from gateway.tuning.files import Files
 from gateway.tuning.jobs import Jobs
-from gateway.tuning.pressure import Queues, Rule
+from gateway.tuning.pressure import Look, Queues, Rule
 from gateway.tuning.records import Job, Status
 from gateway.tuning.results import Results
 from gateway.tuning.runner import Runner
@@ -92,13 +92,14 @@ def jobs_of(objects: Objects, folder: Path, service: Adapters, trainer: Any = No
 
 
 def runner_of(jobs: Jobs, rule: Rule | None = None, waiting: list[int] | None = None) -> Runner:
-    """waiting: what waits at each look, the last one for ever."""
+    """waiting: what waits at each look, -1 where nobody knows; the last one for ever."""
     waits = waiting or [0]
 
-    async def look(engines: bool) -> int:
-        return waits.pop(0) if len(waits) > 1 else waits[0]
+    async def look(engines: bool) -> Look:
+        count = waits.pop(0) if len(waits) > 1 else waits[0]
+        return Look(count) if count >= 0 else Look(0, {"r0": "it does not say"})
 
-    return Runner(jobs, Results(jobs, None), cast(Queues, SimpleNamespace(waiting=look)), rule)
+    return Runner(jobs, Results(jobs, None), cast(Queues, SimpleNamespace(look=look)), rule)
 
 
 async def published(objects: Objects, folder: Path, service: Adapters, jobs: Jobs) -> Job:
@@ -218,6 +219,33 @@ async def test_a_job_yields_to_serving(tmp_path: Path, objects: Objects, monkeyp
     assert not pause.exists()
 
 
+@pytest.mark.parametrize(
+    ("waiting", "why"),
+    [
+        (1, "requests have queued for 2 s; serving comes first"),
+        (-1, "for 2 s it has not been known whether requests queue at r0 (it does not say); serving comes first"),
+    ],
+)
+@pytest.mark.parametrize(("status", "what"), [(Status.RUNNING, "paused"), (Status.QUEUED, "waits")])
+async def test_a_job_says_why_it_stands_still(
+    tmp_path: Path, objects: Objects, monkeypatch: pytest.MonkeyPatch, waiting: int, why: str, status: Status, what: str
+) -> None:
+    """Once, whether it ran before or is only next."""
+    jobs = jobs_of(objects, tmp_path, Adapters(), SimpleNamespace(adopt=lambda _: None))
+    objects.put(job(status=status))
+    clock = iter(range(1000))
+    monkeypatch.setattr(runner_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    runner = runner_of(jobs, Rule(wait_s=2), waiting=[waiting])
+    current = await jobs.get("ftjob-1")
+    for _ in range(5):
+        current = await runner._weigh(current)
+    told, _ = await jobs.events("ftjob-1", None, 10)
+    assert [event.message for event in told] == [f"Fine-tuning job {what}: {why}"]
+    assert (current.status, current.held) == (
+        (Status.PAUSED, True) if status is Status.RUNNING else (Status.QUEUED, False)
+    )
+
+
 async def test_a_trainers_secret_outlives_control(tmp_path: Path, objects: Objects) -> None:
     """Its digest is lent again before relays are told anything, and taken back when the trainer ends.
 
@@ -241,6 +269,39 @@ async def test_a_trainers_secret_outlives_control(tmp_path: Path, objects: Objec
     await runner._ended(kept, EXIT_PAUSED)
     assert not known and not (await jobs.get(kept.id)).pass_digest
     assert service.deleted == [kept.id]  # the adapter that it sampled with
+
+
+@pytest.mark.parametrize("method", ["reinforcement", "supervised"])
+async def test_a_trainer_is_told_where_the_gateway_is_now(tmp_path: Path, objects: Objects, method: str) -> None:
+    """Not where it was when the job was made: it may have started again on another port."""
+    started: list[tuple[Any, ...]] = []
+
+    def start(*arguments: Any) -> Process:
+        started.append(arguments)
+        return Process()
+
+    trainer = SimpleNamespace(adopt=lambda _: None, start=start, prove=lambda: None)
+    objects.put(msgspec.structs.replace(job(status=Status.QUEUED), method=method))
+    jobs = jobs_of(objects, tmp_path, Adapters(), trainer)
+    await runner_of(jobs)._look()
+    assert [arguments[4:] for arguments in started] == [("http://here" if method == "reinforcement" else None, None)]
+
+
+def test_a_trainer_is_told_at_every_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, ...]] = []
+    monkeypatch.setattr(process, "start", lambda *arguments: told.append(arguments[3].argv[3:]))
+    trainer = Trainer(None, "cpu", Place(tmp_path, tmp_path, 1))
+    config, run = tmp_path / "job.yaml", tmp_path / "run"
+    trainer.start("ftjob-1", "sft", config, run)
+    trainer.start("ftjob-1", "grpo", config, run, "http://one")
+    run.mkdir()
+    (run / "run.json").touch()
+    trainer.start("ftjob-1", "grpo", config, run, "http://two")
+    assert told == [
+        ("sft", "--config", str(config)),
+        ("grpo", "--config", str(config), "--gateway-url", "http://one"),
+        ("resume", str(run), "--gateway-url", "http://two"),
+    ]
 
 
 async def test_a_result_found_leaves_nothing_else(tmp_path: Path, objects: Objects) -> None:
@@ -299,21 +360,11 @@ def test_odd_seconds_are_refused(seconds: str) -> None:
 
 @pytest.mark.parametrize("body", [b"[" * 100_000 + b"]" * 100_000, b'"\xff"'])
 async def test_odd_bodies_are_refused(body: bytes) -> None:
-    async def stream() -> AsyncIterator[bytes]:
-        yield body
+    async def whole() -> bytes:
+        return body
 
     with pytest.raises(InvalidRequest, match="not JSON"):
-        await fine_tuning.read_json(cast(Request, SimpleNamespace(stream=stream)))
-
-
-async def test_a_body_has_an_end() -> None:
-    async def stream() -> AsyncIterator[bytes]:
-        while True:
-            yield b" " * 1_000_000
-
-    request = SimpleNamespace(stream=stream, state=SimpleNamespace())
-    with pytest.raises(PayloadTooLarge):
-        await fine_tuning.read_json(cast(Request, request))
+        await fine_tuning.read_json(cast(Request, SimpleNamespace(body=whole)))
 
 
 def test_corrupt_gzip_is_a_data_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,7 +16,8 @@ from gateway.config import ConfigError, load
 from gateway.control import wiring
 from gateway.control.core import Core
 from gateway.observe.cells import PRESSING, Cells
-from gateway.tuning.pressure import Pressure, Queues, Rule, after
+from gateway.tuning import pressure as module
+from gateway.tuning.pressure import Look, Pressure, Queues, Rule, after
 from gateway.tuning.trainer import Place
 
 RULE = Rule(wait_s=2.0)
@@ -25,7 +27,7 @@ def looks(*waiting: int, before: Pressure | None = None, every_s: float = 0.5) -
     """Whether training is held after each look."""
     state, held = before or Pressure(), []
     for i, count in enumerate(waiting):
-        state = after(state, count, i * every_s, RULE)
+        state = after(state, count > 0, i * every_s, RULE)
         held.append(state.held)
     return held
 
@@ -56,18 +58,78 @@ async def test_what_waits_is_added_up(tmp_path: Path) -> None:
         cells.values[PRESSING] = count
         cells.close()
 
-    def engine(waiting: int | None) -> Any:
-        page = f'vllm:num_requests_waiting{{engine="0"}} {waiting}\n'
-        answer = httpx2.Response(503) if waiting is None else httpx2.Response(200, text=page)
-        client = httpx2.AsyncClient(transport=httpx2.MockTransport(lambda _: answer), base_url="http://engine")
-        return SimpleNamespace(answers=True, client=client, backend=SimpleNamespace(name="vllm"))
-
-    core = SimpleNamespace(setup=SimpleNamespace(run_dir=tmp_path), replicas=[engine(4), engine(5), engine(None)])
     in_flight = [16, 6]
-    queues = Queues(cast(Core, core), in_flight.pop)
-    assert await queues.waiting(engines=True) == 3 + 9 - 6
-    assert await queues.waiting(engines=True) == 3
-    assert await queues.waiting(engines=False) == 3
+    queues = queues_of(tmp_path, says(4), says(5), lambda _: httpx2.Response(404), batches=in_flight.pop)
+    assert await queues.look(engines=True) == Look(3 + 9 - 6)
+    assert await queues.look(engines=True) == Look(3)
+    assert await queues.look(engines=False) == Look(3)
+
+
+def slow(request: httpx2.Request) -> httpx2.Response:
+    raise httpx2.ReadTimeout("too slow", request=request)
+
+
+def broken(request: httpx2.Request) -> httpx2.Response:
+    raise httpx2.ReadError("reset", request=request)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (slow, "it did not answer /metrics within 2 s"),
+        (broken, "it did not answer /metrics: reset"),
+        (lambda _: httpx2.Response(503), "it answered /metrics by 503"),
+        (None, "it is starting again"),
+    ],
+)
+async def test_an_engine_that_does_not_say_may_have_a_queue(tmp_path: Path, answer: Answer | None, words: str) -> None:
+    look = await queues_of(tmp_path, says(0), answer).look(engines=True)
+    assert look == Look(0, {"r1": words}) and look.busy
+    assert look.why(2.0) == f"for 2 s it has not been known whether requests queue at r1 ({words})"
+    assert Look(1, look.silent).why(2.0) == "requests have queued for 2 s"
+
+
+async def test_an_engine_that_never_says_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After five minutes; said once. What says something again is asked again."""
+    now_s = 1000.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    answers: list[Answer] = [slow]
+    queues = queues_of(tmp_path, lambda request: answers[0](request))
+
+    async def busy_at(at_s: float) -> bool:
+        nonlocal now_s
+        now_s = at_s
+        return (await queues.look(engines=True)).busy
+
+    assert [await busy_at(at_s) for at_s in (1000, 1299, 1300, 1301, 2000)] == [True, True, False, False, False]
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["r0: it did not answer /metrics within 2 s, for 300 s; jobs no longer yield to its queue"]
+    answers[0] = says(0)
+    assert not await busy_at(2001)
+    answers[0] = slow
+    assert [await busy_at(at_s) for at_s in (2002, 2301, 2303)] == [True, True, False]
+
+
+Answer = Callable[[httpx2.Request], httpx2.Response]
+
+
+def says(waiting: int) -> Answer:
+    page = f'vllm:num_requests_waiting{{engine="0"}} {waiting}\n'
+    return lambda _: httpx2.Response(200, text=page)
+
+
+def queues_of(run_dir: Path, *engines: Answer | None, batches: Callable[[], int] = lambda: 0) -> Queues:
+    """engines: how each answers; None: its client is gone, though it counts as ready."""
+
+    def replica(number: int, answer: Answer | None) -> Any:
+        transport = httpx2.MockTransport(answer) if answer is not None else None
+        client = httpx2.AsyncClient(transport=transport, base_url="http://engine") if transport else None
+        return SimpleNamespace(id=f"r{number}", answers=True, client=client, backend=SimpleNamespace(name="vllm"))
+
+    replicas = [replica(number, answer) for number, answer in enumerate(engines)]
+    return Queues(cast(Core, SimpleNamespace(setup=SimpleNamespace(run_dir=run_dir), replicas=replicas)), batches)
 
 
 def training(device: str | None, **flags: Any) -> wiring.Training:

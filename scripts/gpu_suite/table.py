@@ -1,0 +1,165 @@
+"""The table of stages, in the order in which they are wanted. What measures has its GPUs to itself."""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from backends.spec import BACKEND_NAMES, BackendName
+from scripts.gpu_suite import jobs
+from scripts.gpu_suite.stages import Job, Options, StageSpec
+
+_SIDE = 0.15  # of a GPU, for the demo model: several such stages run side by side
+_RECORD = 0.25  # several engines at once, with little memory each
+_MAINS: dict[BackendName, tuple[float, float]] = {"vllm": (_SIDE, 400), "sglang": (_SIDE, 330), "lmdeploy": (0.2, 400)}
+_BENCH_S: dict[BackendName, float] = {"vllm": 600, "sglang": 580, "lmdeploy": 300}
+_START_S: dict[BackendName, float] = {"vllm": 160, "sglang": 140, "lmdeploy": 60}
+_CPU_PATIENCE = 10
+_FORMS = ("awq", "gptq")
+# (module, its mapping of names to stages): the stages that other parts declare
+_GUESTS = (("quant_job", "QUANT_STAGES"), ("train_job", "TRAIN_STAGES"))
+
+
+_QUANT_PEERS, _TRAIN_PEERS = ("gptqmodel", "llmcompressor"), ("trl", "unsloth", "ms-swift")
+_PEERS = {"quant-8b-peers": _QUANT_PEERS, "quant-quality": _QUANT_PEERS, "train-speed": _TRAIN_PEERS,
+          "train-packing": _TRAIN_PEERS, "train-qlora": _TRAIN_PEERS}  # fmt: skip
+_ON_WEIGHTS = ("quant-8b-rtn", "quant-8b-awq", "quant-8b-gptq", "quant-8b-peers", "quant-nccl")
+_BROKEN = (ImportError, SyntaxError, AttributeError, NameError, TypeError, ValueError, LookupError, OSError)
+
+
+@dataclass
+class Table:
+    """All stages by name, in order, and which parts could not be read and why."""
+
+    stages: dict[str, StageSpec] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+
+    def wanted(self, names: Iterable[str]) -> list[StageSpec]:
+        """These stages in the order given, each behind those that it comes after; all without a name.
+
+        Raises LookupError for a name that is no stage's.
+        """
+        chosen: dict[str, StageSpec] = {}
+
+        def add(name: str) -> None:
+            if name not in self.stages:
+                broken = "".join(f"; {part} could not be read: {why}" for part, why in self.broken.items())
+                raise LookupError(f"no stage is called {name}; there are {', '.join(self.stages)}{broken}")
+            for before in self.stages[name].after:
+                add(before)
+            chosen.setdefault(name, self.stages[name])
+
+        for name in list(names) or self.stages:
+            add(name)
+        return list(chosen.values())
+
+
+def stages(options: Options) -> Table:
+    """The table for this run. A part whose module cannot be imported is left out, and named."""
+    guests: dict[str, dict[str, StageSpec]] = {}
+    table = Table()
+    for module, name in _GUESTS:
+        try:
+            guests[name] = dict(getattr(importlib.import_module(f"scripts.gpu_suite.{module}"), name))
+        except _BROKEN as error:  # the other parts are still worth their time
+            table.broken[module] = "".join(traceback.format_exception_only(error)).strip()
+            guests[name] = {}
+    quant = [_when_brought(spec) for spec in guests["QUANT_STAGES"].values()]
+    train = [_when_brought(spec) for spec in guests["TRAIN_STAGES"].values()]
+    whole = [spec for spec in quant if spec.name.startswith("quant-8b")]
+    rows = [
+        *_made(),
+        _bench("vllm"),
+        _bench("sglang"),
+        *map(_main, BACKEND_NAMES),
+        *whole,
+        _bench("vllm", "awq"),
+        _bench("lmdeploy"),
+        *(_quant(engine, form) for engine in BACKEND_NAMES for form in _FORMS),
+        _demo_quant("vllm"),
+        _demo_quant("sglang"),
+        _stage("switch", partial(jobs.switch, BACKEND_NAMES), 380, after=("oracle",), engines=BACKEND_NAMES, demo=True),
+        *(spec for spec in quant if spec not in whole and spec.gpus == 1),
+        *(spec for spec in train if spec.gpus == 1),
+        *map(_parallel, BACKEND_NAMES),
+        *(spec for spec in (*quant, *train) if spec not in whole and spec.gpus > 1),
+        *map(_record, BACKEND_NAMES),
+        _bench("vllm", "gptq"),
+        _bench("lmdeploy", "awq"),
+        _bench("sglang", "awq"),
+        _bench("lmdeploy", "gptq"),
+        _bench("sglang", "gptq"),
+    ]
+    for spec in rows:
+        if options.device == "cpu":  # stages take turns there, and take their time
+            spec = replace(spec, share=1.0, limit_s=_CPU_PATIENCE * spec.limit_s)
+        table.stages[spec.name] = spec
+    return table
+
+
+def _when_brought(spec: StageSpec) -> StageSpec:
+    """A part's stage, which begins once its weights are made, and the tools that it is measured beside are there."""
+    after = ("weights",) if spec.name in _ON_WEIGHTS else ()
+    return replace(spec, after=(*spec.after, *after), files=partial(_brought, spec.name))
+
+
+def _brought(stage: str, options: Options) -> list[Path]:
+    """What the command line names for a stage, and somebody brings meanwhile."""
+    tools = [options.peer_pythons[name] for name in _PEERS.get(stage, ()) if name in options.peer_pythons]
+    return tools + ([options.text] if options.text and stage == "quant-quality" else [])
+
+
+def _stage(name: str, job: Job, estimate_s: float, **given: Any) -> StageSpec:
+    """A stage whose limit leaves room for a slow disk, and not for one that hangs."""
+    return StageSpec(name, job, estimate_s, 1.4 * estimate_s + 60, **given)
+
+
+def _made() -> list[StageSpec]:
+    """What others stand on."""
+    return [
+        _stage("oracle", jobs.oracle, 60, share=0.1, demo=True),
+        _stage("weights", jobs.weights, 70, share=0.2, demo=True),
+        _stage("checkpoints", jobs.checkpoints, 80, share=0.1, demo=True),
+        _stage("checkpoint-demo", jobs.checkpoint_of_demo, 50, share=0.1, demo=True),
+        _stage("weights-packed", jobs.packed_weights, 60, share=0.1, demo=True),
+    ]
+
+
+def _main(engine: BackendName) -> StageSpec:
+    share, estimate_s = _MAINS[engine]
+    return _stage(f"main-{engine}", partial(jobs.main, engine), estimate_s, share=share, after=("oracle",),
+                  engines=(engine,), demo=True)  # fmt: skip
+
+
+def _bench(engine: BackendName, form: str = "") -> StageSpec:
+    name = f"bench-{engine}" + (f"-{form}" if form else "")
+    estimate_s = _START_S[engine] + 80 if form else _BENCH_S[engine]
+    return _stage(name, partial(jobs.bench, engine, form), estimate_s,
+                  after=("weights-packed" if form else "weights",), engines=(engine,))  # fmt: skip
+
+
+def _quant(engine: BackendName, form: str) -> StageSpec:
+    return _stage(f"quant-{engine}-{form}", partial(jobs.quantized, engine, form, of_demo=False),
+                  _START_S[engine], share=0.1, after=("checkpoints",), engines=(engine,))  # fmt: skip
+
+
+def _demo_quant(engine: BackendName) -> StageSpec:
+    return _stage(f"quant-{engine}-demo", partial(jobs.quantized, engine, "awq", of_demo=True),
+                  _START_S[engine], share=0.1, after=("checkpoint-demo",), engines=(engine,))  # fmt: skip
+
+
+def _parallel(engine: BackendName) -> StageSpec:
+    with_big = engine == "vllm"  # what two GPUs gain is asked of one engine
+    estimate_s = _START_S[engine] + 20 + (_START_S[engine] if with_big else 0)
+    after = ("checkpoints", "weights") if with_big else ("checkpoints",)
+    return _stage(f"parallel-{engine}", partial(jobs.parallel, engine, with_big=with_big), estimate_s, gpus=2,
+                  after=after, engines=(engine,))  # fmt: skip
+
+
+def _record(engine: BackendName) -> StageSpec:
+    return _stage(f"record-{engine}", partial(jobs.record, engine), 240, share=_RECORD, engines=(engine,), demo=True)
