@@ -114,8 +114,11 @@ class Sglang(Backend):
         body = {"model": spec.served_name, "prompt": "a", "max_tokens": 1, "temperature": 1, "top_k": 2}
         started = time.monotonic()
         try:
-            await upstream.post(client, "/v1/completions", body, _WARM_UP_TIMEOUT_S)
-            _log.info("SGLang's first sampled token took %.1f s", time.monotonic() - started)
+            response = await upstream.post(client, "/v1/completions", body, _WARM_UP_TIMEOUT_S)
+            if response.status_code == 200:
+                _log.info("SGLang's first sampled token took %.1f s", time.monotonic() - started)
+            else:
+                _log.warning("SGLang sampled no first token: %s", upstream.error_text(response))
         except EngineUnreachable as error:
             if not isinstance(error.__cause__, httpx2.TimeoutException):
                 raise

@@ -47,16 +47,14 @@ class LayerResult:
     linears: list[LinearReport] = field(default_factory=list)
 
 
-def skip_reasons(
-    plan: LayerPlan, shapes: Mapping[str, tuple[int, int]], prefix: str, options: QuantOptions
-) -> dict[str, str]:
+def skip_reasons(plan: LayerPlan, weights: Mapping[str, Tensor], prefix: str, options: QuantOptions) -> dict[str, str]:
     """Linear -> why it is left alone. Linears that share an input go together, as engines fuse them."""
     grid = options.grid
     reasons: dict[str, str] = {}
     per_word = 32 // grid.bits
     for group in plan.groups:
         for name in group.linears:
-            n, k = shapes[name]
+            n, k = weights[f"{name}.weight"].shape
             reason = ""
             if any(re.search(pattern, prefix + name) for pattern in options.skip):
                 reason = "skipped by request"
@@ -98,9 +96,11 @@ def quantize_layer(
     mine = ranks.dealt({site: _cost(group, work) for site, group in planned.items()})
     home = work[next(iter(work))].device if ranks.size == 1 else torch.device("cpu")
     own: dict[str, LayerResult] = {}
-    for site in (site for site in planned if site in mine):
+    for site, group in planned.items():
+        if site not in mine:
+            continue
         own[site] = LayerResult()
-        parts = _quantize_group(planned[site], work, scales, moments, options, dtype, phases)
+        parts = _quantize_group(group, work, scales, moments, options, dtype, phases)
         with phases("pack"):
             for name, linear, report in parts:
                 own[site].linears.append(report)
@@ -235,9 +235,9 @@ def _relative_error(weight_NK: Tensor, delta_NK: Tensor, seen: Moments | None, s
     if scale_K is not None:
         weight_NK, delta_NK = weight_NK / scale_K, delta_NK / scale_K
     if seen.gram_KK is None:
-        weigh = seen.mean_square_K
+        weigh = seen.square_K  # sums do as well as means: the number of tokens cancels
         return float((delta_NK.square() * weigh).sum() / (weight_NK.square() * weigh).sum().clamp(min=1e-30))
-    gram_KK = seen.mean_gram_KK
+    gram_KK = seen.gram_KK
     lost, whole = ((delta_NK @ gram_KK) * delta_NK).sum(), ((weight_NK @ gram_KK) * weight_NK).sum()
     return float(lost / whole.clamp(min=1e-30))
 

@@ -10,7 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def fast_products() -> Iterator[None]:
-    """Inside, CUDA multiplies float32 matrices in TF32: ten bits of mantissa, still more than the weights' own.
+    """Inside, CUDA multiplies float32 matrices in TF32: ten bits of mantissa, as many as float16 has.
 
     For running the model, summing moments and comparing errors; what GPTQ solves with needs all bits.
     """

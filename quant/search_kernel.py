@@ -3,7 +3,7 @@
 A program reads some groups once, and tries all ranges on them in registers; the plain way passes over the weight a
 dozen times for every range. Sums go in another order, so of two ranges equally good to the last bit either may win.
 
-Legend: P groups of a weight (N * G), S group size.
+Legend: P groups of a weight (N * G), S group size, C candidates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _GROUPS = 16  # of a program
 def _search_kernel(  # type: ignore[no-untyped-def]  # Triton's parameters have no types of Python
     w_PS,
     weigh_GS,
-    share_C,
+    shrink_C,
     scale_P,
     zero_P,
     groups,
@@ -27,7 +27,7 @@ def _search_kernel(  # type: ignore[no-untyped-def]  # Triton's parameters have 
     max_level,
     middle,
     nearest,
-    SHARES: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     SIZE: tl.constexpr,
     ROOM: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -46,12 +46,12 @@ def _search_kernel(  # type: ignore[no-untyped-def]  # Triton's parameters have 
     least = tl.full((GROUPS,), float("inf"), tl.float32)
     best_scale = tl.full((GROUPS,), 1.0, tl.float32)
     best_zero = tl.zeros((GROUPS,), tl.float32)
-    for candidate in range(SHARES):
-        share = tl.load(share_C + candidate)
+    for candidate in range(CANDIDATES):
+        shrink = tl.load(shrink_C + candidate)
         if SYMMETRIC:
-            full = tl.div_rn(tl.maximum(-(low * share), high * share), tl.zeros((GROUPS,), tl.float32) + (middle - 1))
+            full = tl.div_rn(tl.maximum(-(low * shrink), high * shrink), tl.zeros((GROUPS,), tl.float32) + (middle - 1))
         else:
-            full = tl.div_rn(high * share - low * share, tl.zeros((GROUPS,), tl.float32) + max_level)
+            full = tl.div_rn(high * shrink - low * shrink, tl.zeros((GROUPS,), tl.float32) + max_level)
         scale = full.to(tl.float16).to(tl.float32)
         if BFLOAT16:
             bits = scale.to(tl.int32, bitcast=True)  # by hand: Triton's interpreter cuts off where devices round
@@ -60,7 +60,7 @@ def _search_kernel(  # type: ignore[no-untyped-def]  # Triton's parameters have 
         if SYMMETRIC:
             zero = tl.zeros((GROUPS,), tl.float32) + middle
         else:
-            zero = (tl.div_rn(-(low * share), scale) + nearest) - nearest
+            zero = (tl.div_rn(-(low * shrink), scale) + nearest) - nearest
             zero = tl.minimum(tl.maximum(zero, 0.0), max_level)
         scales = tl.broadcast_to(scale[:, None], (GROUPS, ROOM))
         level = (tl.div_rn(w, scales) + nearest) - nearest
@@ -81,12 +81,12 @@ def _search_kernel(  # type: ignore[no-untyped-def]  # Triton's parameters have 
 def search(
     w_NGS: Tensor,
     weigh_GS: Tensor | None,
-    share_C: Tensor,
+    shrink_C: Tensor,
     max_level: int,
     symmetric_middle: int | None,
     bfloat16: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(scales, zero points), both [N, G] float32, of the shares of each group's range with the least error.
+    """(scales, zero points), both [N, G] float32, of the shares `shrink_C` of each group's range with the least error.
 
     weigh_GS: what each input's squared error counts, None for alike. symmetric_middle: the fixed zero point, None where
     it is free. Raises what `kernels.works` expects of a kernel.
@@ -97,7 +97,7 @@ def search(
     _search_kernel[(triton.cdiv(groups, _GROUPS),)](
         w_NGS.contiguous(),
         None if weigh_GS is None else weigh_GS.contiguous(),
-        share_C,
+        shrink_C,
         scale_NG,
         zero_NG,
         groups,
@@ -105,7 +105,7 @@ def search(
         float(max_level),
         float(symmetric_middle or 0),
         1.5 * 2**23,  # adding it leaves no fraction: float32 rounds to the nearest integer, ties to even
-        SHARES=share_C.numel(),
+        CANDIDATES=shrink_C.numel(),
         SIZE=size,
         ROOM=triton.next_power_of_2(size),
         GROUPS=_GROUPS,

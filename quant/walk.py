@@ -13,7 +13,7 @@ import hashlib
 import json
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,10 +123,9 @@ class _Walk:
                 with self.phases("warm_up"):
                     warm_up(self.options.method, self.options.grid, self.skeleton.checkpoint.dtype, self.device)
             if self.tokens_BT is not None:
+                batches = self.tokens_BT.split(max(1, self.options.batch_tokens // self.tokens_BT.shape[1]))
                 with self.phases("embed"):
-                    self.hidden = [
-                        self.skeleton.embed(batch).to(self.resting) for batch in self._batches(self.tokens_BT)
-                    ]
+                    self.hidden = [self.skeleton.embed(batch).to(self.resting) for batch in batches]
             for index in range(layers):
                 layer_started = time.monotonic()
                 entry = self._resume(index) if finished[index] else self._quantize(index, reader, writer)
@@ -168,10 +167,7 @@ class _Walk:
                         with contextlib.suppress(LastSiteReached):
                             self.skeleton.run(layer, index, batch.to(self.device))
                 moments = self.ranks.summed(moments, sites_of(plan), full, self.device)
-        shapes = {
-            name: (weights[f"{name}.weight"].shape[0], weights[f"{name}.weight"].shape[1]) for name in plan.matrices
-        }
-        reasons = skip_reasons(plan, shapes, prefix, self.options)
+        reasons = skip_reasons(plan, weights, prefix, self.options)
         result = quantize_layer(
             weights, plan, moments, reasons, self.options, self.skeleton.checkpoint.dtype, self.ranks, self.phases
         )
@@ -204,8 +200,8 @@ class _Walk:
         weights = dequantized(moved, self.scheme, self.skeleton.checkpoint.dtype)
         relative = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
         with self.skeleton.loaded(index, relative) as layer, fast_products():
-            moved_on = (self.skeleton.run(layer, index, batch.to(self.device)) for batch in self.hidden)
-            self.hidden = [batch.to(self.resting) for batch in moved_on]
+            for number, batch in enumerate(self.hidden):  # in place: never all of them twice
+                self.hidden[number] = self.skeleton.run(layer, index, batch.to(self.device)).to(self.resting)
 
     def _resting_device(self) -> torch.device:
         """Where hidden states wait between layers: the device if they take at most a quarter of what is free there."""
@@ -236,9 +232,6 @@ class _Walk:
         self.skipped |= left
         linears = [report.as_json() for report in result.linears]
         return {"layer": index, "seconds": round(seconds, 3), "linears": linears, "skipped": left}
-
-    def _batches(self, tokens_BT: Tensor) -> Iterator[Tensor]:
-        yield from tokens_BT.split(max(1, self.options.batch_tokens // tokens_BT.shape[1]))
 
     def _report(self, entries: list[dict[str, Any]], elapsed_s: float, cpu_s: float) -> dict[str, Any]:
         peak_device = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0

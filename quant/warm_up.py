@@ -14,11 +14,11 @@ _GROUPS = 16  # a multiple of 16, as in real layers: Triton compiles other numbe
 def warm_up(method: Method, grid: Grid, dtype: torch.dtype, device: torch.device) -> None:
     """Quantize a small weight on `device` and forget it. dtype: of the model."""
     inputs = _GROUPS * grid.group_size
-    w_NK, gram_KK = torch.ones(256, inputs, device=device), torch.eye(inputs, device=device)
+    gram_KK = torch.eye(inputs, device=device)
+    w_NK = torch.ones(256, inputs, device=device) @ gram_KK  # the product loads cuBLAS
     if method == "gptq":
-        gptq(w_NK @ gram_KK, gram_KK, grid, dtype)
+        gptq(w_NK, gram_KK, grid, dtype)
+    elif method == "awq":
+        rtn(w_NK, grid, dtype, block_importance(gram_KK, grid))
     else:
-        importance = (
-            block_importance(gram_KK, grid) if method == "awq" else diagonal_importance(gram_KK.diagonal(), grid)
-        )
-        rtn(w_NK @ gram_KK, grid, dtype, importance)
+        rtn(w_NK, grid, dtype, diagonal_importance(gram_KK.diagonal(), grid))

@@ -258,6 +258,7 @@ def _record(config: TrainConfig, datasets: dict[str, Dataset], learner: Learner,
 
 
 def result_directory(config: TrainConfig) -> Path:
+    """Where the result lies once the run is finished."""
     return config.output_dir / ("adapter" if config.tuning == "lora" else "model")
 
 

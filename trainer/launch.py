@@ -17,7 +17,7 @@ from types import FrameType
 from backends import lifeline
 from trainer.control import SIGNALS
 
-# What a process is told beside what torchrun would say: the first the descriptor of the socket where they meet.
+# Set beside torchrun's variables: the descriptor of the socket where they meet, which the first has; empty for others.
 MEETING = "TUNEGATE_MEETING_FD"
 EXIT_PAUSED = 75  # EX_TEMPFAIL: run `train resume` to go on
 _GRACE_S = 30.0  # for the others, once one has failed; they hear of it by the connection that it held

@@ -150,7 +150,9 @@ def steps(run: Training) -> Steps:
 
     Raises DivergedError, TrainError of the source, CheckpointError (only for the last checkpoint).
     """
-    readback = Readback(run.learner.base.device)
+    device = run.learner.base.device
+    # GRPO waits for its weights in every step anyway; read late, a step would be charged the next one's sampling.
+    readback = Readback(device, late=device.type == "cuda" and run.config.method != "grpo")
     if _patience_over(run):
         return Ending.STOPPED_EARLY  # an earlier start got here and could not export
     if run.evaluate and run.state.step == 0:

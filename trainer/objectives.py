@@ -134,7 +134,7 @@ class Kto:
 
     def __init__(self, beta: float, desirable_weight: float, undesirable_weight: float) -> None:
         self._beta, self._weights = beta, (desirable_weight, undesirable_weight)
-        self.kl = torch.zeros(())
+        self.kl: torch.Tensor  # on the device of the rows
 
     def normaliser(self, dataset: TokenDataset, examples: list[int]) -> float:
         """Answers in the batch."""

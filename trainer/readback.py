@@ -1,4 +1,4 @@
-"""Bring a step's metrics to the host without making it wait for the step: they are read one step later."""
+"""Bring a step's metrics to the host; where that would make it wait for the step, one step later."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 class Readback:
-    """Holds the metrics of the newest step until the next one has been queued on the device."""
+    """Where `late`, holds the metrics of the newest step until the next one has been queued on the device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, *, late: bool) -> None:
+        self._on_cuda, self._late = device.type == "cuda", late
         self._waiting: list[tuple[dict[str, Any], list[str], torch.Tensor, Any]] = []
 
     def push(self, record: dict[str, Any], metrics: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ class Readback:
             copied = torch.cuda.Event()
             copied.record()
         self._waiting.append((record, names, values, copied))
-        return [self._take()] if len(self._waiting) > self._on_cuda else []
+        return [self._take()] if len(self._waiting) > self._late else []
 
     def drain(self) -> list[dict[str, Any]]:
         """The records still held; waits for the device."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from trainer import config as configs
+from trainer.checkpoint import write_whole
 from trainer.errors import ModelError
 from trainer.export import MANIFEST
 from trainer.golden import golden_answers
@@ -52,10 +53,8 @@ def write_goldens(model: str, adapter: Path, prompts: Sequence[str]) -> int:
     goldens = golden_answers(learner, _Given(base.tokenizer, prompts), len(prompts))
     path = adapter / MANIFEST
     before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    aside = path.with_suffix(".partial")
     dtype = str(base.dtype).removeprefix("torch.")
-    aside.write_text(json.dumps({**before, "dtype": dtype, "golden": goldens}, indent=2))
-    aside.rename(path)
+    write_whole(path, json.dumps({**before, "dtype": dtype, "golden": goldens}, indent=2))
     return len(goldens)
 
 

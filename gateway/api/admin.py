@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 def routes(estate: Estate) -> APIRouter:
-    """List replicas; drain and resume one, which holds until the gateway ends."""
+    """List replicas; drain and resume one, which holds for as long as there is this replica."""
     router, core = APIRouter(), estate.core
 
     @router.get("/admin/replicas")

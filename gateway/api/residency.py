@@ -27,12 +27,12 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/adapters/{name}/load")
     async def load_adapter(name: str, body: Load) -> dict[str, Any]:
         await residency_service.load(core, name, body.replicas, _WAIT_S)
-        return service.adapter(name)
+        return service.answering(name)
 
     @router.post("/v1/adapters/{name}/unload")
     async def unload_adapter(name: str) -> dict[str, Any]:
         await residency_service.unload(core, name)
-        return service.adapter(name)
+        return service.answering(name)
 
     @router.get("/admin/residency")
     async def show_residency() -> dict[str, Any]:

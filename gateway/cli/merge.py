@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,10 +25,20 @@ def merge_command(source: str, base: str, out: Path, state: Path | None, url: st
     """Write a checkpoint whose weights hold an adapter: a PEFT directory, or one of a gateway on this machine."""
     adapter = Path(source)
     if not adapter.is_dir():
-        shown = GatewayClient(url, api_key).call("GET", f"/v1/adapters/{source}")
+        shown = _answering(GatewayClient(url, api_key), source)
         adapter = (state or config.home() / "state") / "adapters" / content_id(shown["sha256"])
     try:
         merged = merge(adapter, models.resolve(base), out)
     except (MergeError, models.ModelError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{merged.weights} weights changed: {merged.path}")
+
+
+def _answering(client: GatewayClient, reference: str) -> dict[str, Any]:
+    """The version that a name answers with, also while it is on its way to another."""
+    shown: dict[str, Any] = client.call("GET", f"/v1/adapters/{reference}")
+    name, current = shown["name"], shown["current_version"]
+    follows = reference == name or (reference in shown["aliases"] and shown["aliases"][reference] is None)
+    if follows and current not in (None, shown["version"]):
+        shown = client.call("GET", f"/v1/adapters/{name}@v{current}")
+    return shown

@@ -123,6 +123,10 @@ class Adapter:
             version, cause = (self.newest if self.current is None else None), Cause("", "the only version that works")
         return None if version is None or version.state is VersionState.FAILED else (version, cause)
 
+    def awaits(self, number: int) -> bool:
+        """Whether the pointer is to move to that version, and has not yet."""
+        return self.current != number and self.target is not None and self.target[0].version == number
+
 
 Catalog = Mapping[str, Adapter]
 

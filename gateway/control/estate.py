@@ -13,7 +13,7 @@ from gateway.config import ConfigError, ServeConfig
 from gateway.control.core import Core
 from gateway.control.hosting import Host
 from gateway.control.replica import OPERATOR, AdapterState, Replica, State
-from gateway.control.running import Notebook, Running
+from gateway.control.running import Notebook, Progress, Running
 from gateway.errors import Conflict
 
 _log = logging.getLogger(__name__)
@@ -147,6 +147,14 @@ class Estate:
         """Have the next control process keep those out of traffic that an operator has taken out."""
         drained = tuple(sorted(replica.index for replica in self.staying if replica.is_drained(OPERATOR)))
         self.running = self.running.model_copy(update={"drained": drained})
+        self._write()
+
+    def note_switch(self, progress: Progress) -> None:
+        """Have the next control process know of this switch, as far as it is by then noted."""
+        self.running = self.running.model_copy(update={"switch": progress})
+        self._write()
+
+    def _write(self) -> None:
         if self._notebook is not None:
             self._notebook.write(self.running)
 

@@ -89,7 +89,7 @@ class LocalHost:
         # A cancelled start goes on in its thread: closing waits for it, and then ends what it started.
         self._lock = threading.Lock()
         self._closed = False
-        self._cold = False  # started by us, and not warmed up yet
+        self._cold = False  # started by us and not warmed up yet; what is adopted may be busy, and most likely was
 
     def adopt(self) -> Engine | None:
         with self._lock:

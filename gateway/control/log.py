@@ -7,7 +7,6 @@ import logging
 import os
 import queue
 import threading
-import time
 
 import msgspec
 
@@ -40,31 +39,40 @@ class Aside(logging.Handler):
         """kept: records that may wait."""
         super().__init__()
         self._fd = fd
-        self._lines: queue.Queue[bytes] = queue.Queue(kept)
+        self._kept = kept
+        # Not a `Queue`: while it puts one line, the collector may end an object that logs another, for ever.
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._dropped = 0
-        threading.Thread(target=self._write, name="log", daemon=True).start()
+        self._writer = threading.Thread(target=self._write, name="log", daemon=True)
+        self._writer.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take a record; its text is made here, where what it speaks of is as it was."""
         try:
-            if self._dropped:
-                self._lines.put_nowait(b'{"dropped_log_lines":%d}\n' % self._dropped)
-                self._dropped = 0
-            self._lines.put_nowait(self.format(record).encode() + b"\n")
-        except queue.Full:
+            line = self.format(record).encode() + b"\n"
+        except Exception:  # noqa: BLE001 - a line that cannot be made is not to end what wanted to say it
+            self.handleError(record)
+            return
+        if self._lines.qsize() >= self._kept:
             self._dropped += 1
+            return
+        self._tell_dropped()
+        self._lines.put(line)
 
     def close(self) -> None:
         """Wait for the last lines to be written, a moment at most."""
-        deadline_s = time.monotonic() + _LAST_LINES_S
-        while self._lines.unfinished_tasks and time.monotonic() < deadline_s:
-            time.sleep(0.01)
+        self._tell_dropped()
+        self._lines.put(None)
+        self._writer.join(_LAST_LINES_S)
         super().close()
 
+    def _tell_dropped(self) -> None:
+        if self._dropped:
+            self._lines.put(b'{"dropped_log_lines":%d}\n' % self._dropped)
+            self._dropped = 0
+
     def _write(self) -> None:
-        while True:
-            line = self._lines.get()
+        for line in iter(self._lines.get, None):
             with contextlib.suppress(OSError):  # nobody reads any more, or a full disk
                 while line:
                     line = line[os.write(self._fd, line) :]
-            self._lines.task_done()

@@ -82,12 +82,23 @@ class Registry:
 
     def find(self, name: str, number: int | None) -> Version | None:
         """The version that a name, an alias or `name@vN` stands for."""
-        if name in self.aliases:
-            name, number = self.aliases[name], self.adapters[self.aliases[name]].aliases[name]
-        adapter = self.adapters.get(name)
+        adapter, number = self._resolve(name, number)
         if adapter is None:
             return None
         return adapter.shown if number is None else adapter.versions.get(number)
+
+    def heading(self, name: str, number: int | None) -> Version | None:
+        """The same, but where the name is on its way to another version, that one."""
+        adapter, number = self._resolve(name, number)
+        if adapter is not None and number is None and adapter.target is not None:
+            return adapter.target[0]
+        return self.find(name, number)
+
+    def _resolve(self, name: str, number: int | None) -> tuple[Adapter | None, int | None]:
+        """What a name or an alias belongs to, and the version that it is held to."""
+        if name in self.aliases:
+            name, number = self.aliases[name], self.adapters[self.aliases[name]].aliases[name]
+        return self.adapters.get(name), number
 
     def check_room(self, name: str) -> None:
         """Refuse what could not be called. Raises Conflict.

@@ -7,11 +7,23 @@ last whole line counts.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from gateway.config import ServeConfig
+
+
+class Progress(BaseModel):
+    """How far a switch of engines is."""
+
+    backend: str  # the one that is switched to
+    mode: Literal["beside", "replace"]
+    phase: Literal["starting", "draining", "done", "failed"]
+    started_at: float  # seconds since the epoch
+    shifted: bool = False  # traffic goes to the new engine
+    reason: str | None = None
+    ended_at: float | None = None
 
 
 class Running(BaseModel):
@@ -25,6 +37,7 @@ class Running(BaseModel):
     flags: dict[str, Any] = {}  # which win over the file
     replicas: tuple[int, ...] | None = None  # their numbers; None: from 0 on
     drained: tuple[int, ...] = ()  # those that an operator has taken out of traffic
+    switch: Progress | None = None  # the last one
 
     @classmethod
     def of(cls, config: ServeConfig, file: Path | None = None, flags: dict[str, Any] | None = None) -> Running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,23 +93,29 @@ class Service:
         return self._show(version)
 
     def list_adapters(self) -> list[dict[str, Any]]:
-        """One object a name: of the version that the name stands for."""
-        return [self._show(adapter.shown) for adapter in self.core.registry.adapters.values()]
+        """One object a name: of the version that the name is on its way to, else of the one that it stands for."""
+        listed = [self.core.registry.heading(name, None) for name in self.core.registry.adapters]
+        return [self._show(version) for version in listed if version is not None]
 
     def adapter(self, reference: str) -> dict[str, Any]:
-        """The object of `name` or `name@vN`. Raises NotFound."""
-        version = self.core.registry.find(*parse_reference(reference))
-        if version is None:
-            raise NotFound(f"no adapter {reference!r}; GET /v1/adapters lists them", param="name")
-        return self._show(version)
+        """The object of `name@vN`, or of the version that `name` is on its way to, else stands for. Raises NotFound."""
+        return self._found(reference, self.core.registry.heading(*parse_reference(reference)))
+
+    def answering(self, reference: str) -> dict[str, Any]:
+        """The object of the version that a name answers with now, or is to as its first one. Raises NotFound."""
+        return self._found(reference, self.core.registry.find(*parse_reference(reference)))
 
     async def show(self, reference: str) -> dict[str, Any]:
-        """The object of `name`, an alias or `name@vN`, with its history and its canary's figures as of now.
+        """As `adapter`, with its history and its canary's figures as of now. Raises NotFound.
 
-        Raises NotFound.
+        Where it says `ready`, relays route by it already: whoever polls for that and then asks gets this version.
         """
         shown = self.adapter(reference)
         adapter = self.core.registry.adapters[shown["name"]]
+        if shown["state"] == views.READY:
+            with contextlib.suppress(TimeoutError):  # what cannot be published must not keep it from being shown
+                async with asyncio.timeout(self.core.setup.timings.relays_s):
+                    await self.core.published()
         if adapter.canary is not None:
             verdict = await self.core.rollouts.verdict(adapter, adapter.canary)
             shown["canary"] |= {"now": verdict.reason, "figures": verdict.figures}
@@ -164,6 +171,11 @@ class Service:
             raise ModelNotFound(f"The model `{reference[:200]}` does not exist; GET /v1/models lists the names")
         return views.adapter_model(reference, version, base)
 
+    def _found(self, reference: str, version: Version | None) -> dict[str, Any]:
+        if version is None:
+            raise NotFound(f"no adapter {reference!r}; GET /v1/adapters lists them", param="name")
+        return self._show(version)
+
     def _show(self, version: Version) -> dict[str, Any]:
         registry = self.core.registry
         adapter = registry.adapters.get(version.name)
@@ -179,9 +191,8 @@ class Service:
             return True
         registry = self.core.registry
         if registry.on_demand and adapter.versions[version.version].state is VersionState.READY:
-            return not _awaited(adapter, version)  # it may have given way to others since it answered
-        state = self._show(version)["state"]
-        return state == views.FAILED or (state == views.READY and not _awaited(adapter, version))
+            return not adapter.awaits(version.version)  # it may have given way to others since it answered
+        return self._show(version)["state"] in (views.FAILED, views.READY)
 
     def check_engines(self) -> None:
         """Refuse where no engine would serve an adapter. Raises InvalidRequest, Unavailable."""
@@ -208,8 +219,3 @@ class Service:
             except UnknownBase as error:
                 raise InvalidRequest(str(error), code="unknown_base") from error
         return self._base_shapes
-
-
-def _awaited(adapter: Adapter, version: Version) -> bool:
-    """Whether the name is to point to that version, and does not yet."""
-    return adapter.target is not None and adapter.target[0].version == version.version

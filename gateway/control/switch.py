@@ -13,30 +13,19 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from backends import registry
 from gateway.config import ServeConfig
 from gateway.control.estate import CannotStart, Estate, loaded
 from gateway.control.replica import Replica
+from gateway.control.running import Progress
 from gateway.errors import InvalidRequest
 
 _log = logging.getLogger(__name__)
 _PURPOSE = "switch of engines"
 
 Mode = Literal["beside", "replace"]
-Phase = Literal["none", "starting", "draining", "done", "failed"]
-
-
-@dataclass(slots=True)
-class _Progress:
-    backend: str
-    mode: Mode
-    phase: Phase
-    started_at: float
-    reason: str | None = None
-    ended_at: float | None = None
 
 
 class Switch:
@@ -44,8 +33,10 @@ class Switch:
 
     def __init__(self, estate: Estate) -> None:
         self._estate = estate
-        self._progress: _Progress | None = None
+        self._progress = estate.running.switch
         self._task: asyncio.Task[None] | None = None
+        if self._progress is not None and self._progress.phase not in ("done", "failed"):
+            self._interrupted(self._progress)
 
     def show(self) -> dict[str, Any]:
         """The engine that serves, and how the last switch went."""
@@ -70,7 +61,7 @@ class Switch:
             )
         change = contextlib.ExitStack()
         change.enter_context(self._estate.changing())
-        self._progress = _Progress(config.backend, mode, "starting", time.time())
+        self._progress = Progress(backend=config.backend, mode=mode, phase="starting", started_at=time.time())
         self._task = asyncio.create_task(self._run(change, config, mode, self._progress))
         self._task.add_done_callback(self._ended)
 
@@ -79,9 +70,10 @@ class Switch:
         if self._task is not None:
             await asyncio.wait([self._task], timeout=timeout_s)
 
-    async def _run(self, change: contextlib.ExitStack, config: ServeConfig, mode: Mode, progress: _Progress) -> None:
+    async def _run(self, change: contextlib.ExitStack, config: ServeConfig, mode: Mode, progress: Progress) -> None:
         with change:
             _log.info("the switch to %s (%s) begins", config.backend, mode)
+            self._estate.note_switch(progress)
             try:
                 await (self._beside if mode == "beside" else self._replace)(config, progress)
                 progress.phase = "done"
@@ -91,6 +83,7 @@ class Switch:
                 progress.phase, progress.reason = "failed", str(error)
             finally:
                 progress.ended_at = time.time()
+            self._estate.note_switch(progress)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Nobody else may look at how it ended: a defect would show as a switch that goes on for ever."""
@@ -100,15 +93,27 @@ class Switch:
         if self._progress is not None:
             self._progress.phase = "failed"
             self._progress.reason = "the gateway has a defect; its log says more"
+            self._estate.note_switch(self._progress)
 
-    async def _beside(self, config: ServeConfig, progress: _Progress) -> None:
+    def _interrupted(self, progress: Progress) -> None:
+        """Control ended within that switch; this one goes on with what was noted last."""
+        progress.ended_at = time.time()
+        if progress.shifted:
+            progress.phase = "done"
+        else:
+            goes_on = self._estate.running.config.backend
+            progress.phase = "failed"
+            progress.reason = f"the gateway's control process was started again meanwhile, and goes on with {goes_on}"
+        self._estate.note_switch(progress)
+
+    async def _beside(self, config: ServeConfig, progress: Progress) -> None:
         estate, old = self._estate, self._estate.staying
         new = await self._start(config, loaded(old, estate.core.registry.desired))
-        self._shift(config, new)
+        self._shift(config, new, progress)
         progress.phase = "draining"
         await estate.retire(old, _PURPOSE, config.drain_timeout_s)
 
-    async def _replace(self, config: ServeConfig, progress: _Progress) -> None:
+    async def _replace(self, config: ServeConfig, progress: Progress) -> None:
         estate, old = self._estate, self._estate.staying
         before, wanted = estate.running.config, loaded(old, estate.core.registry.desired)
         progress.phase = "draining"
@@ -116,7 +121,7 @@ class Switch:
         await estate.vacated()
         progress.phase = "starting"
         try:
-            self._shift(config, await self._start(config, wanted))
+            self._shift(config, await self._start(config, wanted), progress)
         except CannotStart as error:
             progress.reason = f"{error}; {before.backend} is being started again"
             _log.error("the switch to %s failed: %s", config.backend, progress.reason)
@@ -150,8 +155,9 @@ class Switch:
             raise
         return new
 
-    def _shift(self, config: ServeConfig, new: list[Replica]) -> None:
+    def _shift(self, config: ServeConfig, new: list[Replica], progress: Progress) -> None:
         """Let traffic in; the relays hear of it together with what is drained next."""
+        progress.shifted = True
         self._estate.note(self._estate.running.model_copy(update={"config": config}), new)
         self._estate.core.backend = registry.get(config.backend)
         for replica in new:

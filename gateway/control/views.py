@@ -17,8 +17,10 @@ _IN_PROGRESS = (AdapterState.LOADING, AdapterState.VERIFYING, AdapterState.DRAIN
 
 
 def adapter(adapter: Adapter, version: Version, replicas: Sequence[Replica], desired: Wanted) -> dict[str, Any]:
-    """The adapter object of one version."""
+    """The adapter object of one version. One that its name is to point to is not ready before the name does."""
     state, reason = everywhere(version, replicas, desired)
+    if state == READY and adapter.awaits(version.version):
+        state, reason = AdapterState.VERIFYING, f"{adapter.name} does not point to it yet"
     return {
         "id": pinned(version.name, version.version),
         "object": "adapter",

@@ -341,9 +341,9 @@ class ClientConnection(asyncio.Protocol):
     def _next(self) -> None:
         if self._waiting and self._serving is None:
             self._waiting_bytes = 0
-            self._begin(self._waiting.popleft())
             if not self._transport.is_closing():
-                self._transport.resume_reading()
+                self._transport.resume_reading()  # before it begins: a handler may not want its body yet
+            self._begin(self._waiting.popleft())
 
     def _stay_with_http_1_1(self, rest: bytes) -> bytes:
         """What to read instead of a request that offers another protocol, as Java's client does by default, and `rest`.

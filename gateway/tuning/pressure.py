@@ -23,6 +23,7 @@ from gateway.observe.cells import InFlight
 _log = logging.getLogger(__name__)
 _CALM = 15  # times the wait: a trainer that goes on loads its model first
 _SILENT_LIMIT_S = 300.0  # an engine that is only busy says something in that time, or fails its health checks
+_GAP_S = 30.0  # without a look, because no job was there to hold: nobody knows who was silent in between
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class Queues:
         self._core = core
         self._cells = InFlight(core.setup.run_dir)
         self._batches_in_flight = batches_in_flight
+        self._asked_s = 0.0  # monotonic
         self._silent_since_s: dict[str, float] = {}  # replica id -> monotonic
         self._given_up: set[str] = set()  # silent for too long
 
@@ -99,9 +101,10 @@ class Queues:
 
     def _in_time(self, silent: dict[str, str], now_s: float) -> dict[str, str]:
         """Without those that have said nothing for so long that they never will."""
-        self._silent_since_s = {id: self._silent_since_s.get(id, now_s) for id in silent}
-        for id in self._given_up - silent.keys():
-            self._given_up.discard(id)
+        before = self._silent_since_s if now_s - self._asked_s < _GAP_S else {}
+        self._asked_s = now_s
+        self._silent_since_s = {id: before.get(id, now_s) for id in silent}
+        self._given_up &= silent.keys()
         for id, reason in silent.items():
             if now_s - self._silent_since_s[id] >= _SILENT_LIMIT_S and id not in self._given_up:
                 self._given_up.add(id)

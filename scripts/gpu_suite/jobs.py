@@ -52,25 +52,24 @@ def packed_weights(report: Report, options: Options, out: Path) -> None:
             _torch(options, "packed", options.bench_shape, options.demo, made, form)
 
 
-def checkpoints(report: Report, options: Options, out: Path) -> None:
-    """A small random model that fits every engine's fast kernels, its answers, and what our quantizer makes of it."""
-    from scripts.gpu_suite.quantized import make
-
-    small = options.made("small")
+def small(report: Report, options: Options, out: Path) -> None:
+    """A random model that fits every engine's fast kernels, and its answers."""
+    made = options.made("small")
     with report.check("random model and its answers"):
-        _torch(options, "random", "small", options.demo, small)
-        _torch(options, "expect", small, small.with_suffix(".json"))
-    for form in ("awq", "gptq"):
-        with report.check(f"{form} of the random model"):
-            make(options.torch_python, small, options.made(f"small-{form}"), form, form, 128)
+        _torch(options, "random", "small", options.demo, made)
+        _torch(options, "expect", made, made.with_suffix(".json"))
+
+
+def checkpoint(form: str, report: Report, options: Options, out: Path) -> None:
+    """What our quantizer makes of that model."""
+    with report.check(f"{form} of the random model"):
+        _quantize(options, options.made("small"), options.made(f"small-{form}"), form, 128)
 
 
 def checkpoint_of_demo(report: Report, options: Options, out: Path) -> None:
     """The demo model in 4 bits, in groups of 64: its width allows no more."""
-    from scripts.gpu_suite.quantized import make
-
     with report.check("awq of the demo model"):
-        make(options.torch_python, options.demo, options.made("demo-awq"), "awq", "awq", 64)
+        _quantize(options, options.demo, options.made("demo-awq"), "awq", 64)
 
 
 def main(engine: BackendName, report: Report, options: Options, out: Path) -> None:
@@ -125,6 +124,15 @@ def record(engine: BackendName, report: Report, options: Options, out: Path) -> 
     from scripts.gpu_suite.record_job import record_job
 
     record_job(report, engine_of(options, engine), options.demo, out)
+
+
+def _quantize(options: Options, model: Path, out: Path, form: str, group_size: int) -> None:
+    """By our own command, then what the result must answer, into OUT.json. Raises CalledProcessError."""
+    if not out.exists():
+        command = [options.torch_python, "-m", "quant", "--method", form, "--format", form, "--model", str(model)]
+        command += ["--out", str(out), "--group-size", str(group_size), "--calib-samples", "32"]
+        subprocess.run(command, check=True)
+    _torch(options, "expect", out, out.with_suffix(".json"))
 
 
 def _torch(options: Options, *arguments: object) -> None:

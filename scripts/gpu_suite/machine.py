@@ -44,6 +44,11 @@ def visible(found: list[Gpu], named: str | None) -> list[Gpu]:
     return [by_name[name.strip()] for name in named.split(",") if name.strip() in by_name]
 
 
+def first_visible() -> str:
+    """What CUDA_VISIBLE_DEVICES calls the first GPU of this process."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
 def facts(torch_python: str, found: list[Gpu]) -> dict[str, Any]:
     """What stands beside the figures."""
     torch = "import importlib.metadata as m; print(m.version('torch'), m.version('transformers'))"

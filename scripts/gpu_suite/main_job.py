@@ -4,44 +4,45 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import openai
 
 from backends import registry
 from backends.spec import AdapterLoading
+from scripts.gpu_suite import machine
 from scripts.gpu_suite.conformance import conformance
 from scripts.gpu_suite.probes import Repeated, first_top_k, jit_files, repeatable, request
+from scripts.gpu_suite.reference import Expected, as_reference
 from scripts.gpu_suite.report import Report
-from scripts.gpu_suite.serving import Engine, Served, Traffic, chat, greedy, serving, upload
+from scripts.gpu_suite.serving import Engine, Served, Traffic, chat, greedy, nudged, serving, upload
 from tests.conformance.target import TOOL_PARSERS
 from tests.support.gateway import command_line, descendants
 from tests.support.wait import eventually
 
-CONTEXT_TOKENS = 8192
+_CONTEXT_TOKENS = 8192
 _SLACK_S = 240.0
 _WINDOW_S = 8.0  # of load before a swap, and from its start
-
-Expected = dict[str, dict[str, dict[str, Any]]]  # "base" or adapter -> prompt -> answer, see torch_side.py
 
 
 def main_job(report: Report, engine: Engine, model: Path, oracle: Path, work: Path) -> None:
     """All checks on one engine with the demo model; the gateway is stopped by the drain at the end."""
     expected: Expected = json.loads((oracle / "expected.json").read_text())
-    flags = ["--max-model-len", str(CONTEXT_TOKENS), "--max-adapter-rank", "16", "--dtype", "bfloat16"]
+    flags = ["--max-model-len", str(_CONTEXT_TOKENS), "--max-adapter-rank", "16", "--dtype", "bfloat16"]
     flags += ["--tool-call-parser", TOOL_PARSERS[engine.name]]
     env, compiled = {}, jit_files()
     if registry.get(engine.name).capabilities.adapter_loading is AdapterLoading.AT_START:
         # A change of adapters starts it anew: only a second replica lets requests go on, and it shares the GPU.
-        engine, env = replace(engine, share=engine.share / 2), {"CUDA_VISIBLE_DEVICES": _twice()}
+        engine, env = (
+            replace(engine, share=engine.share / 2),
+            {"CUDA_VISIBLE_DEVICES": ",".join([machine.first_visible()] * 2)},
+        )
         flags += ["--replicas", "2"]
     with (
         serving(engine, model, work / "state", *flags, name="demo", env=env) as served,
@@ -76,30 +77,13 @@ def _checks(report: Report, served: Served, client: openai.OpenAI, oracle: Path,
     with report.check("a killed engine comes back with its adapters"):
         _kill(report, served, client, expected)
     with report.check("conformance suite"):
-        found = report.figures["conformance"] = conformance(served, CONTEXT_TOKENS, work)
+        found = report.figures["conformance"] = conformance(served, _CONTEXT_TOKENS, work)
         print(f"{report.stage}: conformance: {found}", flush=True)
         assert not found["unexplained"], found
     with report.check("a client that goes away frees the engine"):
         _hang_up(served)
     with report.check("a stop lets a stream end and leaves nothing behind"):
         _drain(report, served)
-
-
-def _twice() -> str:
-    """CUDA_VISIBLE_DEVICES that gives two replicas the first of this process's GPUs."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return f"{first},{first}"
-
-
-def as_reference(client: openai.OpenAI, model: str, answers: dict[str, dict[str, Any]]) -> int:
-    """Every answer begins with what the reference is sure of; how many tokens that is in all."""
-    wrong = []
-    for prompt, answer in answers.items():
-        got = greedy(client, model, prompt)
-        if not (got == answer["text"] if answer["all_sure"] else got.startswith(answer["sure"])):
-            wrong.append(f"{prompt!r}: {got!r}, the reference is sure of {answer['sure']!r}")
-    assert not wrong, "; ".join(wrong)
-    return sum(answer["sure_tokens"] for answer in answers.values())
 
 
 def _equal_direct(served: Served, client: openai.OpenAI, repeated: dict[str, Repeated]) -> None:
@@ -141,7 +125,7 @@ def _swap(report: Report, served: Served, client: openai.OpenAI, oracle: Path, e
           work: Path) -> None:  # fmt: skip
     """A name that is asked all the time becomes another adapter, of contents that the engine has never held."""
     first_s = upload(served, "turncoat", oracle / "pirate")
-    fresh = nudged(oracle / "robot", work / "robot-nudged")
+    fresh = nudged(oracle / "robot", work / "robot-nudged", 1)
     with Traffic(served, ("demo", "turncoat")) as traffic:
         time.sleep(_WINDOW_S)
         before = traffic.figures()
@@ -158,16 +142,6 @@ def _swap(report: Report, served: Served, client: openai.OpenAI, oracle: Path, e
         }
     assert held["turncoat"] != held["robot"], "the nudged adapter is the same to the gateway"
     assert not traffic.failures, f"{len(traffic.failures)} failed: {traffic.failures[:3]}"
-
-
-def nudged(adapter: Path, out: Path) -> Path:
-    """The same adapter but for the lowest bit of a number: other contents, the same answers."""
-    shutil.copytree(adapter, out)
-    weights = out / "adapter_model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-4] ^= 1  # little-endian: a float32's last bit, or a bfloat16's
-    weights.write_bytes(data)
-    return out
 
 
 def _kill(report: Report, served: Served, client: openai.OpenAI, expected: Expected) -> None:
@@ -204,13 +178,7 @@ def _hang_up(served: Served) -> None:
     with served.http() as http, http.stream("POST", "/v1/chat/completions", json=body) as answer:
         next(answer.iter_lines())
 
-    def idle() -> bool:
-        with served.http() as http:
-            text = http.get("/metrics").text
-        rows = [line for line in text.splitlines() if "in_flight" in line and not line.startswith("#")]
-        return bool(rows) and all(float(row.rsplit(" ", 1)[1]) == 0 for row in rows)
-
-    eventually(idle, 10)
+    eventually(lambda: served.in_flight() == 0, 10)
 
 
 def _drain(report: Report, served: Served) -> None:

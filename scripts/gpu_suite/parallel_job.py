@@ -10,10 +10,9 @@ from typing import Any
 
 from scripts.gpu_suite import machine
 from scripts.gpu_suite.bench_job import Point, in_short, measure
-from scripts.gpu_suite.main_job import Expected, as_reference
+from scripts.gpu_suite.reference import Expected, as_reference
 from scripts.gpu_suite.report import Report
-from scripts.gpu_suite.serving import Engine, Served, greedy, serving, upload
-from scripts.gpu_suite.switch_job import FAST_START
+from scripts.gpu_suite.serving import FAST_START, Engine, Served, greedy, serving, upload
 from tests.support.gateway import command_line, descendants
 from tests.support.wait import eventually
 

@@ -97,7 +97,7 @@ def quality(report: Report, options: Options, out: Path) -> None:
     flags = ("--model", str(options.demo), "--text", str(text), "--judged", "128" if options.device == "cuda" else "1")
     here = {"ours", *_pythons(options)}
     running = {
-        name: _started(options, out / name, flags, tools, 380, 8) for name, tools in _QUALITY.items() if name in here
+        name: _started(options, out / name, flags, tools, 600, 8) for name, tools in _QUALITY.items() if name in here
     }
     _watch(report, {name: out / name for name in running}, running)
     for name in running:
@@ -129,11 +129,11 @@ def nccl(report: Report, options: Options, out: Path) -> None:
 QUANT_STAGES: dict[str, StageSpec] = {
     spec.name: spec
     for spec in (
-        StageSpec("quant-8b-rtn", partial(whole, "rtn"), 130, 420, demo=True),
-        StageSpec("quant-8b-awq", partial(whole, "awq"), 220, 700, demo=True),
-        StageSpec("quant-8b-gptq", partial(whole, "gptq"), 170, 700, demo=True),
-        StageSpec("quant-8b-peers", peers, 340, 520, demo=True),
-        StageSpec("quant-quality", quality, 300, 450, share=0.4, demo=True),
+        StageSpec("quant-8b-rtn", partial(whole, "rtn"), 40, 420, demo=True),
+        StageSpec("quant-8b-awq", partial(whole, "awq"), 60, 700, demo=True),
+        StageSpec("quant-8b-gptq", partial(whole, "gptq"), 60, 700, demo=True),
+        StageSpec("quant-8b-peers", peers, 380, 520, demo=True),
+        StageSpec("quant-quality", quality, 540, 720, share=0.4, demo=True),
         StageSpec("quant-nccl", nccl, 150, 330, gpus=2, demo=True),
     )
 }

@@ -1,22 +1,19 @@
-"""Checkpoints made by our quantizer, on an engine: they load, on the right kernel, and answer as their weights say."""
+"""A checkpoint of our quantizer on an engine: it loads, on the right kernel, and answers as its weights say."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from scripts.gpu_suite.main_job import as_reference
+from scripts.gpu_suite.reference import as_reference
 from scripts.gpu_suite.report import Report
 from scripts.gpu_suite.serving import Engine, Served, serving
 
 # What vLLM's log must name: one of its fast kernels, Machete on Hopper, Marlin elsewhere. The other two name none.
 FAST_KERNELS = {"vllm": "machete|marlin"}
-
-
 _NEAR = 0.03  # relative, of a perplexity in 16 bits
 
 
@@ -57,13 +54,3 @@ def _mean_logprob(served: Served, ids: list[int]) -> float:
             values = choice["logprobs"]["token_logprobs"][1 : len(ids)]
     assert len(values) == len(ids) - 1, f"{len(values)} logprobs of {len(ids)} tokens"
     return math.fsum(values) / len(values)
-
-
-def make(torch_python: str, model: Path, out: Path, method: str, form: str, group_size: int) -> None:
-    """Quantize with our own command and compute what must come out. Raises CalledProcessError."""
-    if not out.exists():
-        command = [torch_python, "-m", "quant", "--method", method, "--format", form, "--model", str(model)]
-        command += ["--out", str(out), "--group-size", str(group_size), "--calib-samples", "32"]
-        subprocess.run(command, check=True)
-    expect = [torch_python, "-m", "scripts.gpu_suite.torch_side", "expect", str(out), str(out.with_suffix(".json"))]
-    subprocess.run(expect, check=True)

@@ -14,7 +14,8 @@ from backends import envs
 from backends.base import Launch
 from backends.emulator.recordings import FOLDER
 from backends.process import engine_environment
-from scripts.gpu_suite.report import FAILURES, Report
+from scripts.gpu_suite import machine
+from scripts.gpu_suite.report import Report
 from scripts.gpu_suite.serving import Engine
 from scripts.record_engine import Target, record, record_flags
 from scripts.recorder.adapters import write_all
@@ -87,9 +88,5 @@ def _version(env: envs.EngineEnv, environment: dict[str, str]) -> str:
 def _device(device: str) -> str:
     if device != "cuda":
         return device
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        names = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")
-    except FAILURES:
-        return "CUDA"
-    return names[0].strip()
+    found = machine.gpus()
+    return found[0].name if found else "CUDA"

@@ -38,7 +38,7 @@ def child_command(stage: StageSpec, options: Options) -> list[str]:
     return [sys.executable, "-m", "scripts.gpu_suite.child", stage.name, json.dumps(options.to_json())]
 
 
-class Child:
+class StageProcess:
     """A stage's process, and all that it started."""
 
     def __init__(
@@ -110,7 +110,7 @@ class Suite:
         self._options, self._gpus, self._until_s, self._machine = options, gpus, until_s, machine
         self._began = time.monotonic()
         self._waiting = list(stages)
-        self._running: list[Child] = []
+        self._running: list[StageProcess] = []
         self._results: dict[str, dict[str, Any]] = {}
         self._stopping = False
 
@@ -165,13 +165,13 @@ class Suite:
         for stage, gpus in chosen:
             visible = ",".join(self._gpus[gpu] for gpu in gpus)
             self._waiting.remove(stage)
-            self._running.append(Child(stage, gpus, self._options, visible, self._command))
+            self._running.append(StageProcess(stage, gpus, self._options, visible, self._command))
             where = f"GPU {visible}" if visible else "no GPU"
             self._record(stage.name, {"status": "running", "gpus": visible, "began_s": round(elapsed, 1)})
             print(f"[{elapsed:.0f} s] {stage.name}: begins on {where}", flush=True)
         return bool(chosen)
 
-    def _over(self, child: Child) -> None:
+    def _over(self, child: StageProcess) -> None:
         name, out = child.stage.name, self._options.out
         elapsed = time.monotonic() - self._began
         child.tell()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +28,13 @@ _PATIENCE_S = 400.0
 _KERNEL_WORDS = re.compile(
     r"(?i)marlin|machete|triton_?w4a16|awq|gptq|turbomind|linear ?kernel|attention backend|flash.?attn"
 )
+
+# Without graphs a small model is up in half the time, where its speed is not the question.
+FAST_START: dict[BackendName, str] = {
+    "vllm": "--enforce-eager",
+    "sglang": "--disable-cuda-graph",
+    "lmdeploy": "--eager-mode",
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,15 @@ class Served:
         """The engine itself, past the gateway."""
         headers = {"authorization": f"Bearer {self.state(replica)['api_key']}"}
         return httpx2.Client(base_url=self.engine_url(replica), headers=headers, timeout=_PATIENCE_S, trust_env=False)
+
+    def in_flight(self) -> float:
+        """Requests that are under way, by the gateway's metrics page. Raises LookupError where it does not say."""
+        with self.http() as http:
+            lines = http.get("/metrics").raise_for_status().text.splitlines()
+        rows = [line for line in lines if line.startswith("tunegate_in_flight_requests{")]
+        if not rows:
+            raise LookupError("/metrics has no tunegate_in_flight_requests")
+        return sum(float(row.rpartition(" ")[2]) for row in rows)
 
     def log(self) -> str:
         """What the first replica's engine wrote since its start."""
@@ -129,17 +146,29 @@ def greedy(client: openai.OpenAI, model: str, prompt: str) -> str:
 
 
 def upload(served: Served, name: str, directory: Path) -> float:
-    """Upload an adapter (again, for another version); seconds until it is ready."""
+    """Upload an adapter (again, for another version); seconds until it is ready, and the name answers with it."""
     files = [("file", (file.name, file.read_bytes())) for file in sorted(directory.glob("adapter_*"))]
     started = time.monotonic()
     with served.http() as http:
         answer = http.post("/v1/adapters", data={"name": name}, files=files)
         assert answer.status_code in (200, 201, 202), f"{answer.status_code} {answer.text[:500]}"
+        own = f"/v1/adapters/{answer.json()['id']}"  # by the name, one that failed would look like the one before
         while answer.json().get("state") not in ("ready", "failed") and time.monotonic() - started < _PATIENCE_S:
             time.sleep(0.2)
-            answer = http.get(f"/v1/adapters/{name}")
+            answer = http.get(own)
     assert answer.json()["state"] == "ready", answer.text[:500]
     return round(time.monotonic() - started, 2)
+
+
+def nudged(adapter: Path, out: Path, number: int) -> Path:
+    """A copy in whose last weights `number`, above 0, is written in lowest bits: other contents, the same answers."""
+    shutil.copytree(adapter, out)
+    path = out / "adapter_model.safetensors"
+    weights = bytearray(path.read_bytes())
+    for bit in range(number.bit_length()):
+        weights[-4 * (bit + 1)] ^= number >> bit & 1  # little-endian: the low byte of a float32, or of a bfloat16
+    path.write_bytes(weights)
+    return out
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Any
 from bench.measure.define import Reading, read
 from bench.measure.record import Record, read_record
 from scripts.gpu_suite.report import Report, quantile
-from scripts.gpu_suite.serving import KEY, Served, upload
+from scripts.gpu_suite.serving import KEY, Served, nudged, upload
 from tests.support.wait import eventually
 
 _USERS = 16
@@ -39,7 +39,7 @@ def swap_under_load(report: Report, served: Served, loras: list[Path]) -> None:
     work = served.gateway.state.parent / "swap"
     shutil.rmtree(work, ignore_errors=True)
     large = loras[:_UPLOADS]  # the first ones are on all linears
-    fresh = [nudged(large[n % len(large)], work / f"fresh{n}") for n in range(_UPLOADS + 1)]
+    fresh = [nudged(large[n % len(large)], work / f"fresh{n}", n + 1) for n in range(_UPLOADS + 1)]
     ready_s: list[float] = []
     with _load(served, work):
         begun_ns = time.time_ns()
@@ -84,17 +84,6 @@ def costs(record: Record, windows: list[Window]) -> dict[str, Any]:
     return found
 
 
-def nudged(adapter: Path, out: Path) -> Path:
-    """A copy whose last weights differ in their lowest bits, by the copy's name: other contents, the same answers."""
-    shutil.copytree(adapter, out)
-    path = out / "adapter_model.safetensors"
-    weights = bytearray(path.read_bytes())
-    for place in range(1, 1 + len(out.name)):  # of bfloat16, little-endian: the low byte of each of the last weights
-        weights[-2 * place] ^= ord(out.name[place - 1]) & 7
-    path.write_bytes(weights)
-    return out
-
-
 def _quantiles(readings: list[Reading], metric: str) -> dict[str, float | None]:
     values = [value for reading in readings if (value := getattr(reading, metric)) is not None]
     return {f"{metric}_p{percent}": quantile(values, percent / 100) for percent in (50, 99)}
@@ -114,7 +103,7 @@ def _load(served: Served, work: Path) -> Iterator[None]:
     command += ["--warmup", "0", "--out", str(work), "--name", "load"]
     with (work / "said.txt").open("w") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
         try:
-            eventually(lambda: _in_flight(served) > _USERS / 2 or process.poll() is not None, 60)
+            eventually(lambda: served.in_flight() > _USERS / 2 or process.poll() is not None, 60)
             assert process.poll() is None, (work / "said.txt").read_text()[-500:]
             yield
             process.send_signal(signal.SIGINT)
@@ -122,12 +111,6 @@ def _load(served: Served, work: Path) -> Iterator[None]:
         finally:
             if process.poll() is None:
                 process.kill()
-
-
-def _in_flight(served: Served) -> float:
-    with served.http() as http:
-        lines = http.get("/metrics").text.splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("tunegate_in_flight_requests{"))
 
 
 def _until(since_ns: int, seconds: float) -> None:

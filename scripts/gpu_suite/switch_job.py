@@ -12,9 +12,9 @@ from typing import Any
 import httpx2
 
 from backends.spec import BackendName
-from scripts.gpu_suite.main_job import Expected, as_reference
+from scripts.gpu_suite.reference import Expected, agrees, as_reference
 from scripts.gpu_suite.report import Report, write_json
-from scripts.gpu_suite.serving import ANSWER_TOKENS, KEY, Engine, Served, memory_flags, serving, upload
+from scripts.gpu_suite.serving import ANSWER_TOKENS, FAST_START, KEY, Engine, Served, memory_flags, serving, upload
 from tests.proofs.switching import Asked, Load, Step, cost, switch
 
 _CLIENTS = 8
@@ -24,12 +24,6 @@ _DRAIN_S = 60
 _START_S = 240  # then an engine that hangs has failed, and the next step begins
 _BUDGET_S = 300.0  # a step past the first of each engine is not begun later
 _TIMEOUT_S = 120.0  # of a request
-# A small model is up in half the time without graphs, where its speed is not the question.
-FAST_START: dict[BackendName, str] = {
-    "vllm": "--enforce-eager",
-    "sglang": "--disable-cuda-graph",
-    "lmdeploy": "--eager-mode",
-}
 # Flags of `gateway serve` that belong to one engine, and the field of POST /admin/backend that each is.
 _FIELDS = {"--memory-fraction": "memory_fraction", "--engine-version": "engine_version",
            "--tool-call-parser": "tool_call_parser", "--reasoning-parser": "reasoning_parser"}  # fmt: skip
@@ -91,12 +85,6 @@ def fields_of(flags: Sequence[str]) -> dict[str, Any]:
     return body
 
 
-def right(asked: Asked, expected: Expected) -> bool:
-    """Whether an answer begins with what the reference is sure of: engines may differ in what comes after."""
-    answer = expected["base" if asked.model == "demo" else asked.model][asked.prompt]
-    return asked.text == answer["text"] if answer["all_sure"] else asked.text.startswith(answer["sure"])
-
-
 async def _under_load(served: Served, step: Step, body: dict[str, Any], expected: Expected) -> dict[str, Any]:
     names = ("demo", *_adapters(expected))
     limits = httpx2.Limits(max_connections=2 * _CLIENTS + 4)
@@ -110,7 +98,11 @@ async def _under_load(served: Served, step: Step, body: dict[str, Any], expected
             await asyncio.sleep(_SETTLE_S)
         finally:
             asked = await load.end()
-    return cost(step, asked, lambda one: right(one, expected))
+    return cost(step, asked, lambda one: _right(one, expected))
+
+
+def _right(asked: Asked, expected: Expected) -> bool:
+    return agrees(asked.text, expected["base" if asked.model == "demo" else asked.model][asked.prompt])
 
 
 def _body(engine: Engine, model: Path) -> dict[str, Any]:

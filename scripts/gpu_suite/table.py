@@ -17,8 +17,8 @@ from scripts.gpu_suite.stages import Job, Options, StageSpec
 _SIDE = 0.15  # of a GPU, for the demo model: several such stages run side by side
 _RECORD = 0.25  # several engines at once, with little memory each
 _MAINS: dict[BackendName, tuple[float, float]] = {"vllm": (_SIDE, 400), "sglang": (_SIDE, 330), "lmdeploy": (0.2, 400)}
-_BENCH_S: dict[BackendName, float] = {"vllm": 600, "sglang": 580, "lmdeploy": 300}
-_START_S: dict[BackendName, float] = {"vllm": 160, "sglang": 140, "lmdeploy": 60}
+_BENCH_S: dict[BackendName, float] = {"vllm": 600, "sglang": 540, "lmdeploy": 300}
+_START_S: dict[BackendName, float] = {"vllm": 110, "sglang": 110, "lmdeploy": 40}  # beside others, a small model
 _CPU_PATIENCE = 10
 _FORMS = ("awq", "gptq")
 # (module, its mapping of names to stages): the stages that other parts declare
@@ -28,7 +28,8 @@ _GUESTS = (("quant_job", "QUANT_STAGES"), ("train_job", "TRAIN_STAGES"))
 _QUANT_PEERS, _TRAIN_PEERS = ("gptqmodel", "llmcompressor"), ("trl", "unsloth", "ms-swift")
 _PEERS = {"quant-8b-peers": _QUANT_PEERS, "quant-quality": _QUANT_PEERS, "train-speed": _TRAIN_PEERS,
           "train-packing": _TRAIN_PEERS, "train-qlora": _TRAIN_PEERS}  # fmt: skip
-_ON_WEIGHTS = ("quant-8b-rtn", "quant-8b-awq", "quant-8b-gptq", "quant-8b-peers", "quant-nccl")
+_FAST = ("quant-8b-rtn", "quant-8b-awq", "quant-8b-gptq")
+_ON_WEIGHTS = (*_FAST, "quant-8b-peers", "quant-nccl")
 _BROKEN = (ImportError, SyntaxError, AttributeError, NameError, TypeError, ValueError, LookupError, OSError)
 
 
@@ -71,24 +72,22 @@ def stages(options: Options) -> Table:
             guests[name] = {}
     quant = [_when_brought(spec) for spec in guests["QUANT_STAGES"].values()]
     train = [_when_brought(spec) for spec in guests["TRAIN_STAGES"].values()]
-    whole = [spec for spec in quant if spec.name.startswith("quant-8b")]
+    fast = [spec for spec in quant if spec.name in _FAST]
     rows = [
         *_made(),
         _bench("vllm"),
         _bench("sglang"),
         *map(_main, BACKEND_NAMES),
-        *whole,
-        _bench("vllm", "awq"),
+        _stage("switch", partial(jobs.switch, BACKEND_NAMES), 380, after=("oracle",), engines=BACKEND_NAMES, demo=True),
+        *map(_parallel, BACKEND_NAMES),
         _bench("lmdeploy"),
+        *fast,
+        _bench("vllm", "awq"),
         *(_quant(engine, form) for engine in BACKEND_NAMES for form in _FORMS),
         _demo_quant("vllm"),
         _demo_quant("sglang"),
-        _stage("switch", partial(jobs.switch, BACKEND_NAMES), 380, after=("oracle",), engines=BACKEND_NAMES, demo=True),
-        *(spec for spec in quant if spec not in whole and spec.gpus == 1),
-        *(spec for spec in train if spec.gpus == 1),
-        *map(_parallel, BACKEND_NAMES),
-        *(spec for spec in (*quant, *train) if spec not in whole and spec.gpus > 1),
         *map(_record, BACKEND_NAMES),
+        *(spec for spec in (*quant, *train) if spec not in fast),
         _bench("vllm", "gptq"),
         _bench("lmdeploy", "awq"),
         _bench("sglang", "awq"),
@@ -122,10 +121,14 @@ def _stage(name: str, job: Job, estimate_s: float, **given: Any) -> StageSpec:
 def _made() -> list[StageSpec]:
     """What others stand on."""
     return [
-        _stage("oracle", jobs.oracle, 60, share=0.1, demo=True),
-        _stage("weights", jobs.weights, 70, share=0.2, demo=True),
-        _stage("checkpoints", jobs.checkpoints, 80, share=0.1, demo=True),
-        _stage("checkpoint-demo", jobs.checkpoint_of_demo, 50, share=0.1, demo=True),
+        _stage("oracle", jobs.oracle, 40, share=0.1, demo=True),
+        _stage("weights", jobs.weights, 60, share=0.2, demo=True),
+        _stage("small", jobs.small, 45, share=0.1, demo=True),
+        *(
+            _stage(f"checkpoint-{form}", partial(jobs.checkpoint, form), 70, share=0.1, after=("small",), demo=True)
+            for form in _FORMS
+        ),
+        _stage("checkpoint-demo", jobs.checkpoint_of_demo, 110, share=0.1, demo=True),
         _stage("weights-packed", jobs.packed_weights, 60, share=0.1, demo=True),
     ]
 
@@ -145,7 +148,7 @@ def _bench(engine: BackendName, form: str = "") -> StageSpec:
 
 def _quant(engine: BackendName, form: str) -> StageSpec:
     return _stage(f"quant-{engine}-{form}", partial(jobs.quantized, engine, form, of_demo=False),
-                  _START_S[engine], share=0.1, after=("checkpoints",), engines=(engine,))  # fmt: skip
+                  _START_S[engine], share=0.1, after=(f"checkpoint-{form}",), engines=(engine,))  # fmt: skip
 
 
 def _demo_quant(engine: BackendName) -> StageSpec:
@@ -155,11 +158,11 @@ def _demo_quant(engine: BackendName) -> StageSpec:
 
 def _parallel(engine: BackendName) -> StageSpec:
     with_big = engine == "vllm"  # what two GPUs gain is asked of one engine
-    estimate_s = _START_S[engine] + 20 + (_START_S[engine] if with_big else 0)
-    after = ("checkpoints", "weights") if with_big else ("checkpoints",)
+    estimate_s = _START_S[engine] + 40 + (_START_S[engine] + 80 if with_big else 0)
+    after = ("small", "weights") if with_big else ("small",)
     return _stage(f"parallel-{engine}", partial(jobs.parallel, engine, with_big=with_big), estimate_s, gpus=2,
                   after=after, engines=(engine,))  # fmt: skip
 
 
 def _record(engine: BackendName) -> StageSpec:
-    return _stage(f"record-{engine}", partial(jobs.record, engine), 240, share=_RECORD, engines=(engine,), demo=True)
+    return _stage(f"record-{engine}", partial(jobs.record, engine), 160, share=_RECORD, engines=(engine,), demo=True)

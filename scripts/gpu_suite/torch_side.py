@@ -126,8 +126,6 @@ def main(argv: list[str]) -> None:
             random_model(shape, Path(model), Path(out))
         case ["packed", shape, model, out, ("awq" | "gptq") as form]:
             random_model(shape, Path(model), Path(out), form)
-        case ["packed", shape, model, out]:
-            random_model(shape, Path(model), Path(out), "awq")
         case ["lora", base, out, count]:
             adapters(Path(base), Path(out), int(count))
         case ["expect", model, out]:

@@ -143,10 +143,10 @@ def _kept(options: Options) -> Path:
 TRAIN_STAGES: dict[str, StageSpec] = {
     spec.name: spec
     for spec in (
-        StageSpec("train-speed", speed, 230, 430),
-        StageSpec("train-packing", packing, 420, 650),
-        StageSpec("train-grpo", grpo, 260, 420, share=0.3, engines=("vllm",), demo=True),
-        StageSpec("train-qlora", qlora, 200, 330),
-        StageSpec("train-nccl", nccl, 300, 480, gpus=2, demo=True),
+        StageSpec("train-speed", speed, 270, 430),
+        StageSpec("train-packing", packing, 520, 700),
+        StageSpec("train-grpo", grpo, 180, 420, share=0.3, engines=("vllm",), demo=True),
+        StageSpec("train-qlora", qlora, 260, 400),
+        StageSpec("train-nccl", nccl, 390, 560, gpus=2, demo=True),
     )
 }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
 
+from scripts.gpu_suite import machine
 from scripts.gpu_suite.report import Report
 from scripts.gpu_suite.stages import Options
 from scripts.gpu_suite.train_process import run
@@ -74,7 +74,7 @@ def _scaling(report: Report, options: Options, out: Path) -> None:
 
 
 def _first_gpu() -> dict[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    return {"CUDA_VISIBLE_DEVICES": machine.first_visible()}
 
 
 def _train(

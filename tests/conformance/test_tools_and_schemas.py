@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import openai
 import pydantic
@@ -117,12 +117,15 @@ def test_tool_result_goes_back(target: Target, client: openai.OpenAI) -> None:
     assert answer.choices[0].message.content
 
 
-class City(pydantic.BaseModel):
-    """What the model must answer with."""
+Name = Annotated[str, pydantic.Field(max_length=20)]
 
-    name: str
-    population: int
-    twins: list[str]
+
+class City(pydantic.BaseModel):
+    """What the model must answer with; bounded, so that any model's answer ends."""
+
+    name: Name
+    population: Annotated[int, pydantic.Field(ge=1, le=99_999_999)]
+    twins: Annotated[list[Name], pydantic.Field(max_length=3)]
 
 
 def test_schema(target: Target, client: openai.OpenAI) -> None:

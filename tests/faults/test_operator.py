@@ -86,7 +86,8 @@ def test_switching_engines_under_load_loses_nothing(tmp_path: Path) -> None:
             eventually(lambda: running.children("gateway.control") not in ([], [control]), 30)
             eventually(lambda: [replica["state"] for replica in _replicas(running)] == ["ready", "ready"], 30)
             assert [state_of(running, id)["engine_pid"] for id in ("r2", "r3")] == engines
-            assert client.get("/admin/backend").json()["backend"] == "sglang"
+            after = client.get("/admin/backend").json()
+            assert (after["backend"], after["switch"]) == ("sglang", shown["switch"])
         load.end()
         assert load.failures == []
         assert chat(running, "tuned").status_code == 200

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from click.testing import CliRunner
 
 from gateway.cli.adapters import adapters
 from tests.proofs.swaps import run
-from tests.support.engines import adapter, chat, checkpoint
+from tests.support.engines import adapter, chat, checkpoint, script, upload
 from tests.support.gateway import Gateway, gateway
 
 
@@ -64,3 +67,46 @@ def test_versions_by_command_line(served: Gateway, tmp_path: Path) -> None:
     assert "tuned@v2 deleted" in cli("delete", "tuned@v2")
     assert "has no version 2; it has v1" in cli("promote", "tuned@v2", status=1)
     cli("delete", "tuned")
+
+
+def test_what_a_client_polls_is_ready_when_the_name_answers_with_it(tmp_path: Path) -> None:
+    """Replicas that are started again one after the other, each held back by requests that it finishes first."""
+    flags = ("--backend", "lmdeploy", "--engine-version", "emulator", "--device", "cuda", "--replicas", "2")
+    first, second = (adapter(tmp_path / f"v{seed}", seed) for seed in (1, 2))
+    with gateway(*flags, "--model", str(checkpoint(tmp_path / "base")), state=tmp_path / "state") as served:
+
+        def said(model: str) -> str:
+            return str(chat(served, model, max_tokens=8).json()["choices"][0]["message"]["content"])
+
+        upload(served, "turncoat", first)
+        before = said("turncoat")
+        over = threading.Event()
+
+        def busy() -> None:
+            while not over.is_set():
+                chat(served, max_tokens=40)
+
+        for replica in ("r0", "r1"):
+            script(served, replica, inter_token_ms=40)
+        clients = [threading.Thread(target=busy) for _ in range(4)]
+        for client in clients:
+            client.start()
+            time.sleep(0.3)  # not in step, so that some of a replica's requests have always long to go
+        try:
+            files = [("file", (file.name, file.read_bytes())) for file in sorted(second.iterdir())]
+            with served.client() as http:
+                answer = http.post("/v1/adapters", data={"name": "turncoat", "wait_s": "0"}, files=files)
+                polled = [f"/v1/adapters/{name}" for name in ("turncoat", answer.json()["id"])]
+                deadline = time.monotonic() + 60
+                for path in itertools.cycle(polled):
+                    if http.get(path).json()["state"] == "ready":
+                        break
+                    assert time.monotonic() < deadline, http.get(path).text
+                    time.sleep(0.05)
+                after = said("turncoat")
+                assert http.get(polled[1]).json()["current"], path
+        finally:
+            over.set()
+            for client in clients:
+                client.join()
+        assert after == said("turncoat@v2") != before

@@ -21,6 +21,7 @@ from typing import Any
 import httpx2
 
 from gateway import models
+from tests.proofs import answers
 from tests.proofs.swaps import quantile
 from tests.support import engines
 from tests.support.gateway import gateway
@@ -60,10 +61,7 @@ async def ask(http: httpx2.AsyncClient, model: str, prompt: str, user: str, stre
     if not stream:
         whole = json.loads(data)
         return str(whole["choices"][0]["message"]["content"]), version, int(whole["usage"]["completion_tokens"])
-    events = [line.removeprefix("data: ") for line in data.splitlines() if line.startswith("data: ")]
-    assert events[-1:] == ["[DONE]"], f"the stream ended early: {events[-1:]}"
-    deltas = [choice["delta"] for event in events[:-1] for choice in json.loads(event)["choices"]]
-    return "".join(delta.get("content") or "" for delta in deltas), version, 0
+    return answers.text(answers.events(data.splitlines())), version, 0
 
 
 async def learn(http: httpx2.AsyncClient) -> dict[str, dict[str, str]]:

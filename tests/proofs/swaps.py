@@ -20,6 +20,7 @@ from typing import Any
 import httpx2
 
 from gateway import models
+from tests.proofs import answers
 from tests.support import engines
 from tests.support.gateway import Gateway, gateway
 from tests.support.peft_files import Adapter, Shapes, write_adapter
@@ -184,7 +185,6 @@ async def ask(
     """One greedy chat answer. first_s: gets the time of its first byte."""
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
     body |= {"max_tokens": tokens, "stream": stream}
-    pieces: list[str] = []
     async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
         assert answer.status_code == 200, f"{answer.status_code} {await answer.aread()!r}"
         lines = [] if stream else [(await answer.aread()).decode()]
@@ -199,12 +199,9 @@ async def ask(
         whole = json.loads(lines[0])
         assert whole["model"] == model, whole["model"]
         return str(whole["choices"][0]["message"]["content"])
-    events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
-    assert events and events[-1] == "[DONE]", f"the stream ended early: {events[-1:]}"
-    for event in map(json.loads, events[:-1]):
-        assert event["model"] == model, event
-        pieces += [choice["delta"].get("content") or "" for choice in event["choices"]]
-    return "".join(pieces)
+    chunks = answers.events(lines)
+    assert all(chunk["model"] == model for chunk in chunks), chunks
+    return answers.text(chunks)
 
 
 def quantile(values: list[float], share: float) -> float:

@@ -26,6 +26,7 @@ from typing import Any
 import httpx2
 
 from gateway import models
+from tests.proofs import answers
 from tests.proofs.swaps import PROMPTS, quantile
 from tests.support import engines
 from tests.support.gateway import Gateway, gateway
@@ -88,11 +89,7 @@ def _text(lines: list[str], stream: bool) -> str:
     """The text of a whole answer. Raises ValueError, KeyError."""
     if not stream:
         return str(json.loads("".join(lines))["choices"][0]["message"]["content"])
-    events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
-    if events[-1:] != ["[DONE]"]:
-        raise ValueError("the stream has no end")
-    deltas = [choice["delta"] for event in events[:-1] for choice in json.loads(event)["choices"]]
-    return "".join(delta.get("content") or "" for delta in deltas)
+    return answers.text(answers.events(lines))
 
 
 class Load:

@@ -177,10 +177,21 @@ def spec(engine: BackendName, **fields: Any) -> EngineSpec:
     return EngineSpec(backend=engine, **given)
 
 
-async def test_sglang_samples_once_before_it_serves() -> None:
-    """The first request with top_k compiles its kernels; how it is answered does not matter."""
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (httpx2.Response(200), "first sampled token took"),
+        (httpx2.Response(400, json={"message": "no"}), "sampled no first token: no"),
+    ],
+)
+async def test_sglang_samples_once_before_it_serves(
+    answer: httpx2.Response, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first request with top_k compiles its kernels; how it is answered does not matter, and is told."""
+    caplog.set_level("INFO")
     seen: list[tuple[str, Any]] = []
-    await registry.get("sglang").warm_up(answering(httpx2.Response(400), seen=seen), spec("sglang"))
+    await registry.get("sglang").warm_up(answering(answer, seen=seen), spec("sglang"))
+    assert told in caplog.text
     [(path, body)] = seen
     assert (path, body["model"], body["top_k"], body["max_tokens"]) == ("/v1/completions", "base", 2, 1)
     assert body["temperature"] > 0  # a greedy request does not sample

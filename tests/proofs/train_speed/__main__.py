@@ -44,7 +44,7 @@ def main() -> None:
         with ours.processes(given) as device:
             found = ours.speed(given, device)
             peaks = torch.zeros(ranks.count())
-            peaks[ranks.rank()] = _peak_gb() or 0
+            peaks[ranks.rank()] = _peak_gb()
             processes, peaks_gb = ranks.count(), [round(float(peak), 2) for peak in ranks.total(peaks)]
             if ranks.is_first():
                 report(given, found, processes, peaks_gb)
@@ -52,7 +52,7 @@ def main() -> None:
     from tests.proofs.train_speed import peers
 
     found = peers.ms_swift(given) if given.trainer == "ms-swift" else peers.hugging_face(given)
-    report(given, found, 1, [_peak_gb() or 0])
+    report(given, found, 1, [_peak_gb()])
 
 
 def report(given: argparse.Namespace, speed: Speed, processes: int, peaks_gb: list[float]) -> None:
@@ -89,8 +89,8 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _peak_gb() -> float | None:
-    return round(torch.cuda.max_memory_allocated() / 1e9, 2) if torch.cuda.is_available() else None
+def _peak_gb() -> float:
+    return round(torch.cuda.max_memory_allocated() / 1e9, 2)  # 0 without CUDA
 
 
 def _arguments() -> argparse.Namespace:

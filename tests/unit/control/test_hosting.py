@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import json
 import logging
 import os
 import sys
@@ -21,7 +19,6 @@ from gateway.config import ConfigError, ServeConfig
 from gateway.control import __main__ as main
 from gateway.control import wiring
 from gateway.control.hosting import AttachedHost, LocalHost, Place, gpus_of, shares_of
-from gateway.control.log import Aside, JsonLines
 from gateway.control.publish import Public
 from gateway.control.replica import OPERATOR, Replica, State
 from gateway.control.running import Running, line
@@ -29,7 +26,6 @@ from gateway.control.supervisor import Duties, Supervisor
 from tests.support.checkpoints import write_checkpoint
 from tests.support.fake_engine import FakeEngine, Script
 from tests.support.peft_files import TINY
-from tests.support.wait import eventually
 from tests.unit.control.conftest import FAST, until
 
 
@@ -242,46 +238,3 @@ def test_configuration_that_cannot_be_served_ends_with_its_own_status(
         main.main()
     assert ended.value.code == 2
     assert "--attach nonsense" in capsys.readouterr().err
-
-
-def test_a_log_that_nobody_reads_holds_nobody_up() -> None:
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writing, b"x" * 4095 + b"\n")
-    os.set_blocking(writing, True)
-    handler = Aside(writing, kept=100)
-    handler.setFormatter(JsonLines())
-    logger = logging.Logger("stalled")
-    logger.addHandler(handler)
-    for number in range(1000):
-        logger.warning("line %d", number)
-    os.set_blocking(reading, False)
-    text = b""
-
-    def read() -> list[dict[str, object]]:
-        nonlocal text
-        with contextlib.suppress(BlockingIOError):
-            text += os.read(reading, 1 << 20)
-        return [json.loads(line) for line in text.split(b"\n")[:-1] if line.startswith(b"{")]
-
-    eventually(lambda: len(read()) >= 100)
-    logger.warning("the last")
-    lines = eventually(lambda: found if (found := read())[-1].get("note") == "the last" else None)
-    assert lines is not None
-    dropped = sum(int(str(line.get("dropped_log_lines", 0))) for line in lines)
-    assert dropped and dropped + sum("note" in line for line in lines) == 1001
-    handler.close()
-    os.close(reading)
-
-
-def test_log_lines_are_json() -> None:
-    try:
-        raise ValueError("why")
-    except ValueError:
-        record = logging.LogRecord("a", logging.ERROR, "f", 1, "it %s", ("broke",), sys.exc_info())
-    entry = json.loads(JsonLines().format(record))
-    assert entry.pop("ts") > 0
-    assert "ValueError: why" in entry.pop("traceback")
-    assert entry == {"level": "error", "logger": "a", "note": "it broke"}

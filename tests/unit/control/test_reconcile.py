@@ -167,6 +167,7 @@ async def test_an_adapter_is_not_blamed_for_replicas_that_are_taken_away(start: 
             more = await world.estate.add(world.estate.running.config, 1)
             await world.core.remove(world.replicas[0])
             assert world.replicas == more
+        await until(lambda: any(call.startswith("load") for call in world.hosts[-1].calls))
         world.next_script.hangs_loading = False
         world.hosts[-1].engine.die()
         shown, _ = await uploading
@@ -366,6 +367,57 @@ async def test_engine_that_takes_adapters_at_start_is_rolled_one_by_one(start: S
         for host in world.hosts:
             assert host.started_with == [frozenset(), frozenset({content_id})]
         assert len(world.model("pirate").engine_models) == 2
+
+
+async def test_a_version_is_ready_when_its_name_answers_with_it(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with start(backend="lmdeploy", replicas=2, drain_s=20.0) as world:
+        await world.upload("pirate", seed=1)
+        old = world.content_id("pirate")
+        held, rolled = True, list[int]()
+
+        def in_flight(index: int) -> int:
+            """The replica that is started again first is idle; the other has a request until it is let go."""
+            rolled.append(index)
+            return int(held and index != rolled[0])
+
+        monkeypatch.setattr(world.core._cells, "replica", in_flight)
+        shown, _ = await world.upload("pirate", seed=2, wait_s=0)
+        new = world.content_id("pirate")
+        await until(lambda: len(set(rolled)) == 2 and world.replicas[rolled[0]].adapter_ready(new))
+        # One has both versions, the other only the old one, which is ready on both and is what the name answers with.
+        assert set(world.model("pirate").engine_models.values()) == {old}
+        assert (await world.service.show("pirate@v1"))["state"] == "ready"
+        for polled in ("pirate", shown["id"]):
+            shown = await world.service.show(polled)
+            assert (shown["id"], shown["state"], shown["current"]) == ("pirate@v2", "loading", False)
+            assert (shown["current_version"], shown["coming"]) == (1, 2)
+        assert [adapter["id"] for adapter in world.service.list_adapters()] == ["pirate@v2"]
+        assert world.service.answering("pirate")["id"] == "pirate@v1"
+        held = False
+        deadline = asyncio.get_running_loop().time() + 20
+        while (shown := await world.service.show("pirate"))["state"] != "ready":
+            assert asyncio.get_running_loop().time() < deadline, shown
+            await asyncio.sleep(0.002)
+        assert (shown["id"], shown["current"]) == ("pirate@v2", True)
+        assert set(world.model("pirate").engine_models.values()) == {new}
+
+
+async def test_ready_everywhere_is_not_ready_before_the_name_moved(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with start() as world:
+        await world.upload("pirate", seed=1)
+        monkeypatch.setattr(world.core, "can_take_over", lambda version: False)
+        await world.upload("pirate", seed=2, wait_s=0)
+        await until(lambda: world.replicas[0].adapter_ready(world.content_id("pirate")))
+        for polled in ("pirate", "pirate@v2"):
+            shown = world.service.adapter(polled)
+            assert (shown["state"], shown["reason"]) == ("verifying", "pirate does not point to it yet")
+            assert [replica["state"] for replica in shown["replicas"]] == ["ready"]
+        monkeypatch.undo()
+        await world.core.published()
+        await until(lambda: world.service.adapter("pirate")["state"] == "ready")
+        assert world.core.registry.adapters["pirate"].current == 2
 
 
 async def test_its_only_replica_announces_the_restart(start: Start) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from pathlib import Path
 from random import Random
@@ -203,6 +204,38 @@ async def test_a_defect_ends_a_switch_too(
         switch.begin(to(world), "beside")
         await until(lambda: switch.show()["switch"]["phase"] == "failed")
         assert "defect" in switch.show()["switch"]["reason"] and "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("shifted, phase", [(False, "failed"), (True, "done")])
+async def test_the_next_control_process_knows_of_the_switch(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shifted: bool, phase: str
+) -> None:
+    async with start() as world:
+        path = tmp_path / "running"
+        monkeypatch.setattr(world.estate, "_notebook", Notebook(path))
+        held = asyncio.Event()
+
+        async def hold(*_: Any) -> None:
+            await held.wait()
+
+        monkeypatch.setattr(world.estate, "retire" if shifted else "ready", hold)
+        switch = Switch(world.estate)
+        switch.begin(to(world), "beside")
+        await until(lambda: (switch.show()["switch"]["phase"] == "draining") is shifted and len(world.hosts) == 2)
+        killed = path.read_bytes()
+        held.set()
+        await switch.wait(20)
+        assert Notebook(path).read().switch == switch._progress and switch.show()["switch"]["phase"] == "done"
+        assert Switch(world.estate).show() == switch.show()
+        path.write_bytes(killed)
+        world.estate.running = Notebook(path).read()
+        shown = Switch(world.estate).show()
+        assert shown["switch"]["phase"] == phase
+        serves = "sglang" if shifted else "vllm"
+        assert shown["backend"] == serves
+        reason = f"the gateway's control process was started again meanwhile, and goes on with {serves}"
+        assert shown["switch"]["reason"] == (None if shifted else reason)
+        assert Notebook(path).read().switch == world.estate.running.switch
 
 
 async def test_a_switch_begins_at_once(start: Start) -> None:

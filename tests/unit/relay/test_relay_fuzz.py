@@ -168,8 +168,8 @@ class Patient(Echo):
         self.seen.append((self.request.method, self.request.target, self.data))
 
 
-def test_a_request_that_comes_between_two_turns_waits_for_its_own() -> None:
-    """The first has its answer, the second waits for the loop to come round, and the third arrives before it does."""
+def patient() -> tuple[ClientConnection, Wire, list[Any], list[tuple[bytes, bytes, bytes]]]:
+    """A connection, what it wrote, the turns of the loop that it asked for, and the requests that were handled."""
     seen: list[tuple[bytes, bytes, bytes]] = []
     turns: list[Any] = []
     server: Any = SimpleNamespace(
@@ -180,6 +180,12 @@ def test_a_request_that_comes_between_two_turns_waits_for_its_own() -> None:
     )
     connection, wire = ClientConnection(server), Wire()
     connection.connection_made(wire)
+    return connection, wire, turns, seen
+
+
+def test_a_request_that_comes_between_two_turns_waits_for_its_own() -> None:
+    """The first has its answer, the second waits for the loop to come round, and the third arrives before it does."""
+    connection, wire, turns, seen = patient()
     for target in (b"/1", b"/2"):
         connection.data_received(b"GET %b HTTP/1.1\r\nx-request-id: %b\r\n\r\n" % (target, target[1:]))
     connection.answer(200, b"", b"")
@@ -193,16 +199,7 @@ def test_a_request_that_comes_between_two_turns_waits_for_its_own() -> None:
 
 def test_what_is_no_request_is_not_answered_in_the_place_of_one() -> None:
     """The second request waits for its turn; its client must not take the refusal for its answer."""
-    seen: list[tuple[bytes, bytes, bytes]] = []
-    turns: list[Any] = []
-    server: Any = SimpleNamespace(
-        draining=False,
-        connections=set(),
-        loop=SimpleNamespace(call_soon=turns.append),
-        handle=lambda client, request: Patient(seen, client, request),
-    )
-    connection, wire = ClientConnection(server), Wire()
-    connection.connection_made(wire)
+    connection, wire, turns, _ = patient()
     connection.data_received(b"GET /1 HTTP/1.1\r\n\r\nGET /2 HTTP/1.1\r\n\r\n")
     connection.answer(200, b"", b"")
     connection.data_received(b"nonsense\r\n\r\n")

@@ -156,6 +156,21 @@ def entry(number: int) -> Access:
     return Access(1.5, f"req-{number}", "k", "/r", "demo", "r0", 200, False, 1, 2, None, 3.0, "ok")
 
 
+async def lines_until(reading: int, said: bytes) -> list[bytes]:
+    """What a pipe holds, up to where `said` is in it."""
+    os.set_blocking(reading, False)
+    text = b""
+
+    def found() -> bool:
+        nonlocal text
+        with contextlib.suppress(BlockingIOError):
+            text += os.read(reading, 1 << 20)
+        return said in text
+
+    await until(found)
+    return text.splitlines()
+
+
 async def test_lines_are_json_and_come_within_a_moment(tmp_path: Path) -> None:
     file = tmp_path / "log"
     with file.open("wb") as out:
@@ -177,17 +192,7 @@ async def test_a_reader_that_does_not_read_stops_nothing(monkeypatch: pytest.Mon
             started = time.monotonic()
             log.flush()
             assert time.monotonic() - started < 10
-    os.set_blocking(reading, False)
-    text = b""
-
-    def drained() -> bool:
-        nonlocal text
-        with contextlib.suppress(BlockingIOError):
-            text += os.read(reading, 1 << 20)
-        return b"dropped_log_lines" in text
-
-    await until(drained)
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = [json.loads(line) for line in await lines_until(reading, b"dropped_log_lines")]
     dropped = sum(line.get("dropped_log_lines", 0) for line in lines)
     assert dropped > 0
     assert dropped + sum("request_id" in line for line in lines) == 20_000
@@ -207,18 +212,8 @@ async def test_a_note_waits_for_no_reader_either() -> None:
     log = AccessLog(writing, asyncio.get_running_loop())
     log.note("the link to control broke")
     log.flush()
-    os.set_blocking(reading, False)
-    text = b""
-
-    def drained() -> bool:
-        nonlocal text
-        with contextlib.suppress(BlockingIOError):
-            text += os.read(reading, 1 << 20)
-        return b"the link to control broke" in text
-
-    await until(drained)
-    noted = json.loads(text.splitlines()[-1])
-    assert noted.keys() == {"ts", "note"}
+    *_, noted = await lines_until(reading, b"the link to control broke")
+    assert json.loads(noted).keys() == {"ts", "note"}
     os.close(reading)
     os.close(writing)
 

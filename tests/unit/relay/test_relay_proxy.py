@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from unittest.mock import Mock
 
 from relay_harness import Relay, replica, until
 from scripted_upstream import END, STREAM_HEAD, Close, Hang, answer, chunk
 
+from gateway.relay.client import ClientConnection, Handler
+from gateway.relay.http import Request
+from gateway.relay.server import Server
 from gateway.scopes import SCOPES
 from gateway.snapshot import Key
 
 SEKRET = {"authorization": "Bearer sekret"}
+UPLOAD = b"POST /v1/files HTTP/1.1\r\ncontent-length: 20\r\n\r\n0123456789"
 
 
 async def start(relay: Relay) -> None:
@@ -213,3 +218,27 @@ async def test_an_answer_that_comes_before_the_body_is_whole(relay: Relay) -> No
         assert (result.status, result.body) == (405, b'{"error":null}')
         heads.clear()
     control.close()
+
+
+async def test_a_pipelined_body_waits_until_it_is_wanted() -> None:
+    """A handler that wants no body yet, as one that still connects to control, gets none read."""
+    reading = True
+
+    def read(on: bool) -> None:
+        nonlocal reading
+        reading = on
+
+    def begin(connection: ClientConnection, request: Request) -> Handler | None:
+        if begun:
+            connection.pause_body()
+        begun.append(request)
+        return Mock()
+
+    begun: list[Request] = []
+    transport = Mock(is_closing=lambda: False, pause_reading=lambda: read(False), resume_reading=lambda: read(True))
+    client = ClientConnection(Server(begin, asyncio.get_running_loop()))
+    client.connection_made(transport)
+    client.data_received(UPLOAD + b"0123456789" + UPLOAD)
+    client.answer(200, b"", b"")
+    await until(lambda: len(begun) == 2)
+    assert not reading

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from bench.measure.record import CONTENT, DONE, FINISH, Events, Header, Record, RequestRecord
 from scripts.gpu_suite import bench_job, parallel_job, swap_job, switch_job
+from scripts.gpu_suite.reference import agrees
+from scripts.gpu_suite.serving import Engine
 from tests.proofs.switching import Asked, Step, cost
 
 _MS = 1_000_000
@@ -64,17 +63,6 @@ def test_requests_belong_to_the_window_that_they_were_sent_in() -> None:
     assert found["during"]["stall_ms_p99"] == pytest.approx(7)
 
 
-def test_a_nudged_adapter_is_another_content_with_the_same_answers(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    weights = np.linspace(1, 2, 64, dtype=np.float16)
-    save_file({"w": weights}, tmp_path / "a" / "adapter_model.safetensors")
-    copies = [swap_job.nudged(tmp_path / "a", tmp_path / f"fresh{n}") for n in range(3)]
-    contents = {(copy / "adapter_model.safetensors").read_bytes() for copy in copies}
-    assert len(contents) == 3
-    for copy in copies:
-        assert np.allclose(load_file(copy / "adapter_model.safetensors")["w"], weights, rtol=0.01)
-
-
 def test_every_engine_is_switched_to_both_ways() -> None:
     steps = [(step.mode, step.backend) for step in switch_job.plan(["vllm", "sglang", "lmdeploy"])]
     assert steps[:3] == [("beside", "sglang"), ("beside", "lmdeploy"), ("replace", "vllm")]
@@ -92,15 +80,12 @@ def test_flags_become_the_fields_of_a_switch() -> None:
 
 
 def test_an_answer_is_right_as_far_as_the_reference_is_sure() -> None:
-    def asked(text: str, model: str = "demo") -> Asked:
-        return Asked(0, 1, 200, text, model, "hi")
-
     answer = {"text": "one two three", "sure": "one two", "sure_tokens": 2, "all_sure": False}
-    expected = {"base": {"hi": answer}, "pirate": {"hi": answer | {"text": "arr", "sure": "arr", "all_sure": True}}}
-    assert switch_job.right(asked("one two four"), expected)
-    assert not switch_job.right(asked("one three"), expected)
-    assert switch_job.right(asked("arr", "pirate"), expected)
-    assert not switch_job.right(asked("arr matey", "pirate"), expected)
+    assert agrees("one two four", answer)
+    assert not agrees("one three", answer)
+    sure = answer | {"text": "arr", "sure": "arr", "all_sure": True}
+    assert agrees("arr", sure)
+    assert not agrees("arr matey", sure)
 
 
 def test_the_cost_of_a_replacement() -> None:
@@ -133,7 +118,7 @@ def test_a_switch_beside_allows_no_refusal() -> None:
 
 
 def test_two_gpus_are_started_without_multicast() -> None:
-    engine = parallel_job.Engine("vllm", "cuda")
+    engine = Engine("vllm", "cuda")
     small, large = (parallel_job.flags(engine, small=small) for small in (True, False))
     assert "--engine-arg=--disable-custom-all-reduce" in small and "--engine-arg=--enforce-eager" in small
     assert large[large.index("--tp") + 1] == "2" and "--engine-arg=--enforce-eager" not in large

@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from scripts.gpu_suite import machine, memory, table
-from scripts.gpu_suite.main_job import nudged
 from scripts.gpu_suite.probes import Repeated
+from scripts.gpu_suite.serving import nudged
 from scripts.gpu_suite.stages import Options
 
 GIB = 1 << 30
@@ -106,10 +106,13 @@ def test_another_is_compared_as_far_as_it_agrees_with_itself() -> None:
     assert not own.allows(["b"], "b")
 
 
-def test_a_nudged_adapter_is_another_with_the_same_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_nudged_adapters_are_all_others_with_the_same_numbers(tmp_path: Path, dtype: type) -> None:
+    own: np.ndarray = np.linspace(1, 2, 64, dtype=dtype)
     (tmp_path / "own").mkdir()
-    save_file({"x": np.linspace(0.1, 1, 8, dtype=np.float32)}, tmp_path / "own" / "adapter_model.safetensors")
-    nudged(tmp_path / "own", tmp_path / "fresh")
-    before, after = (load_file(tmp_path / name / "adapter_model.safetensors")["x"] for name in ("own", "fresh"))
-    assert (before != after).sum() == 1
-    assert np.allclose(before, after, rtol=1e-6)
+    save_file({"x": own}, tmp_path / "own" / "adapter_model.safetensors")
+    copies = [nudged(tmp_path / "own", tmp_path / f"{n}", n) for n in range(1, 10)]
+    files = [copy / "adapter_model.safetensors" for copy in [tmp_path / "own", *copies]]
+    assert len({file.read_bytes() for file in files}) == 10
+    for file in files:
+        assert np.allclose(load_file(file)["x"], own, rtol=2 * np.finfo(dtype).eps, atol=0)

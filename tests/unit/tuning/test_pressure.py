@@ -103,13 +103,31 @@ async def test_an_engine_that_never_says_is_not_waited_for(
         now_s = at_s
         return (await queues.look(engines=True)).busy
 
-    assert [await busy_at(at_s) for at_s in (1000, 1299, 1300, 1301, 2000)] == [True, True, False, False, False]
+    async def busy_until(at_s: float) -> bool:
+        """Asked every 20 s until then; what the last look says."""
+        while now_s + 20 < at_s:
+            assert await busy_at(now_s + 20)
+        return await busy_at(at_s)
+
+    assert await busy_at(1000) and await busy_until(1299)
+    assert [await busy_at(at_s) for at_s in (1300, 1301, 2000)] == [False, False, False]
     told = [record.getMessage() for record in caplog.records]
     assert told == ["r0: it did not answer /metrics within 2 s, for 300 s; jobs no longer yield to its queue"]
     answers[0] = says(0)
     assert not await busy_at(2001)
     answers[0] = slow
-    assert [await busy_at(at_s) for at_s in (2002, 2301, 2303)] == [True, True, False]
+    assert await busy_at(2002) and await busy_until(2301)
+    assert not await busy_at(2303)
+
+
+async def test_silence_counts_only_while_somebody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two jobs nobody asks: an engine that is busy at the end of one may have spoken before the next."""
+    now_s = 1000.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    queues = queues_of(tmp_path, slow)
+    assert (await queues.look(engines=True)).busy
+    now_s = 5000.0
+    assert (await queues.look(engines=True)).busy
 
 
 Answer = Callable[[httpx2.Request], httpx2.Response]
