@@ -90,26 +90,6 @@ def delete(name: str, url: str, api_key: str | None) -> None:
     click.echo(f"{name} deleted")
 
 
-@adapters.command()
-@connection_options
-@click.argument("reference", metavar="NAME[@vN]")
-@click.option("--replicas", type=int, help="On how many. Default: all.")
-def load(reference: str, replicas: int | None, url: str, api_key: str | None) -> None:
-    """Load an adapter and keep it loaded, however seldom it is called."""
-    adapter = GatewayClient(url, api_key).call("POST", _path(reference, "load"), json={"replicas": replicas})
-    ready = [replica["id"] for replica in adapter["replicas"] if replica["state"] == "ready"]
-    click.echo(f"{reference} is kept loaded; ready on {', '.join(ready) or 'no replica yet'}")
-
-
-@adapters.command()
-@connection_options
-@click.argument("reference", metavar="NAME[@vN]")
-def unload(reference: str, url: str, api_key: str | None) -> None:
-    """Let replicas unload an adapter once no request uses it; the next call loads it again."""
-    GatewayClient(url, api_key).call("POST", _path(reference, "unload"))
-    click.echo(f"{reference} may be unloaded")
-
-
 def _expecting(command: Any) -> Any:
     """The option by which two operators cannot undo each other's moves unseen."""
     return click.option(

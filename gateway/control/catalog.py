@@ -120,7 +120,9 @@ class Adapter:
         if self.coming is not None:
             version, cause = self.versions.get(self.coming.version), self.coming.cause
         else:
-            version, cause = (self.newest if self.current is None else None), Cause("", "the only version that works")
+            works = [known for known in self.versions.values() if known.state is not VersionState.FAILED]
+            version = works[-1] if works and self.current is None else None
+            cause = Cause("", "the only version that works")
         return None if version is None or version.state is VersionState.FAILED else (version, cause)
 
     def awaits(self, number: int) -> bool:

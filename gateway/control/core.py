@@ -8,6 +8,7 @@ replicas (what is) ────────┘                       └─> rec
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
@@ -21,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from backends.base import Backend
 from backends.spec import AdapterLoading, Task
 from gateway.adapters.storage import AdapterStorage
-from gateway.control.catalog import Cause, Version
+from gateway.control.catalog import Adapter, Cause, Version
 from gateway.control.fleet import Fleet
 from gateway.control.gate import Gate
 from gateway.control.gauging import gauge
@@ -42,7 +43,7 @@ from gateway.control.score import ScoreCommand
 from gateway.control.store import Store
 from gateway.control.supervisor import Duties
 from gateway.control.timings import Timings
-from gateway.errors import StorageFull
+from gateway.errors import Conflict, StorageFull
 from gateway.observe import loads
 from gateway.observe.cells import InFlight
 from gateway.snapshot import Limits
@@ -218,8 +219,9 @@ class Core:
         if self.registry.desired != self._desired:
             self._desired = self.registry.desired
             self._reconciler.wake()
-        for version, cause in self._risen():
-            await self.registry.promote(version, cause)
+        for adapter, (version, cause) in self._risen():
+            with contextlib.suppress(Conflict):  # somebody moved it since: that is to hold, and makes another round
+                await self.registry.promote(version, cause, seen=adapter)
         self._garbage.set()
 
     def _knows_itself(self) -> bool:
@@ -232,10 +234,10 @@ class Core:
         replicas = self.residents.holders(version.content_id)
         return bool(replicas) and all(replica.adapter_ready(version.content_id) for replica in replicas)
 
-    def _risen(self) -> list[tuple[Version, Cause]]:
-        """Versions that names are to point to, and now can."""
-        targets = [self.registry.adapters[name].target for name in self.registry.index.moving]
-        return [target for target in targets if target is not None and self.can_take_over(target[0])]
+    def _risen(self) -> list[tuple[Adapter, tuple[Version, Cause]]]:
+        """Names and the versions that they are to point to, and now can."""
+        moving = [self.registry.adapters[name] for name in self.registry.index.moving]
+        return [(one, target) for one in moving if (target := one.target) and self.can_take_over(target[0])]
 
     async def _collect_garbage(self) -> None:
         """Delete contents of deleted adapters, once no replica has them loaded."""

@@ -68,8 +68,8 @@ class Aside(logging.Handler):
 
     def _tell_dropped(self) -> None:
         if self._dropped:
-            self._lines.put(b'{"dropped_log_lines":%d}\n' % self._dropped)
-            self._dropped = 0
+            dropped, self._dropped = self._dropped, 0  # before the collector may run, and end what logs too
+            self._lines.put(b'{"dropped_log_lines":%d}\n' % dropped)
 
     def _write(self) -> None:
         for line in iter(self._lines.get, None):

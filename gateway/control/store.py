@@ -188,13 +188,20 @@ class Store:
             return _adapter(row)
 
     def set_state(self, version: Version, state: VersionState, reason: str = "") -> Adapter | None:
-        """Record what is known of a version, if it is still there; None when the adapter is gone."""
+        """Record what is known of a version, if it is still there; None when the adapter is gone.
+
+        The pointer is no longer to move to one that failed.
+        """
         with self._session() as session:
             row = session.get(_VersionRow, (version.name, version.version))
             if row is not None:
                 row.state, row.reason = state, reason
             adapter = session.get(_AdapterRow, version.name)
-            return None if adapter is None else _adapter(adapter)
+            if adapter is None:
+                return None
+            if state is VersionState.FAILED and adapter.coming and adapter.coming["version"] == version.version:
+                adapter.coming = None
+            return _adapter(adapter)
 
     def set_coming(self, version: Version, cause: Cause, seen: Adapter | None = None) -> Adapter | None:
         """The pointer is to move to this version when replicas have it. Returns None when the adapter is gone.

@@ -7,8 +7,9 @@ DIR/STAGE.log holds what a stage printed, DIR/STAGE/ its files, DIR/made/ what s
 DIR/results.json everything that is known, rewritten whenever that changes. A stage with a DIR/STAGE.json is through
 and is run again only with --again.
 
-With --until, stages wait for engines and models that are still being brought to the machine, and one whose estimate
-would end later is not begun; without it, what is not there is named as not run. SIGTERM ends everything.
+With --until, stages wait for engines and models that are still being brought to the machine, in the first four minutes
+with whole GPUs kept for them, and one whose estimate would end later is not begun; without it, what is not there is
+named as not run. SIGTERM ends everything.
 """
 
 from __future__ import annotations

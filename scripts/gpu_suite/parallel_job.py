@@ -22,9 +22,14 @@ _NO_MULTICAST = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
 }
-# Their own all-reduce may go through multicast; NCCL's does not, with the environment above.
-_PLAIN_ALL_REDUCE = {"vllm": ("--disable-custom-all-reduce",), "sglang": ("--disable-custom-all-reduce",)}
+# Their own all-reduce may go through multicast, and so may FlashInfer's, which vLLM fuses with the norm on Hopper;
+# NCCL's does not, with the environment above.
+_PLAIN_ALL_REDUCE = {
+    "vllm": ("--disable-custom-all-reduce", '--compilation-config={"pass_config":{"fuse_allreduce_rms":false}}'),
+    "sglang": ("--disable-custom-all-reduce",),
+}
 _HELD_BYTES = 256 << 20  # on a GPU: less is a CUDA context's, or a driver's
 _STOP_S = 120.0
 

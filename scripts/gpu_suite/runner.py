@@ -24,6 +24,7 @@ from scripts.gpu_suite.schedule import Running, choose, soon, standing
 from scripts.gpu_suite.stages import Options, StageSpec
 
 _POLL_S = 1.0
+_BROUGHT_S = 240.0  # from the beginning: so long, stages keep their places for what is brought with --until
 _GRACE_S = 15.0  # from SIGTERM to SIGKILL, and for what a stage leaves behind
 _TOLD_CHARACTERS = 240
 _TAIL_CHARACTERS = 2000
@@ -150,6 +151,8 @@ class Suite:
         running = [Running(child.stage, child.gpus, max(now, child.began + child.stage.estimate_s))
                    for child in self._running]  # fmt: skip
         ends_at = {row.stage.name: row.ends_at for row in running}
+        bringing = self._until_s is not None and elapsed < _BROUGHT_S
+        brought_at = self._began + _BROUGHT_S if bringing else None
         wanted: list[tuple[StageSpec, float]] = []
         for stage in list(self._waiting):
             lacking = lacks(stage, self._options)
@@ -159,8 +162,10 @@ class Suite:
             elif found.kind == "ready":
                 wanted.append((stage, now))
                 ends_at[stage.name] = now + stage.estimate_s
-            elif (ready_at := soon(stage, passed, lacking, ends_at)) is not None:
+            elif (ready_at := soon(stage, passed, lacking, ends_at, brought_at)) is not None:
                 wanted.append((stage, max(now + _POLL_S, ready_at)))
+                if lacking:  # what comes after it keeps its place, too
+                    ends_at[stage.name] = ready_at
         chosen = choose(wanted, running, len(self._gpus), now)
         for stage, gpus in chosen:
             visible = ",".join(self._gpus[gpu] for gpu in gpus)

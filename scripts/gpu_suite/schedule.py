@@ -1,8 +1,8 @@
 """Which stage may start now, and on which GPUs. Pure: no process, no clock, no disk.
 
 Stages start in the order of the table. Where the first that is ready finds its GPUs taken, those that will be free
-soonest are kept for it, and so are whole GPUs for each that only waits for stages that run: later ones use them if they
-are expected to be through by then.
+soonest are kept for it, and so are whole GPUs for each that only waits for stages that run, or for what is expected on
+the machine: later ones use them if they are expected to be through by then.
 """
 
 from __future__ import annotations
@@ -51,12 +51,24 @@ def standing(stage: StageSpec, passed: Mapping[str, bool], lacks: str, gpus: int
     return Standing("waits", why) if why else Standing("ready")
 
 
-def soon(stage: StageSpec, passed: Mapping[str, bool], lacks: str, ends_at: Mapping[str, float]) -> float | None:
-    """When a stage that waits for running ones alone can begin, by their estimates; None for any other."""
+def soon(
+    stage: StageSpec,
+    passed: Mapping[str, bool],
+    lacks: str,
+    ends_at: Mapping[str, float],
+    brought_at: float | None = None,
+) -> float | None:
+    """When a stage that waits can begin, as far as one can tell; None where one cannot.
+
+    ends_at: of running stages, by their estimates; brought_at: when what is lacking outside is expected, if ever.
+    """
     waiting = [name for name in stage.after if name not in passed]
-    if lacks or not waiting or not set(waiting) <= ends_at.keys():
+    if (lacks and brought_at is None) or not set(waiting) <= ends_at.keys():
         return None
-    return max(ends_at[name] for name in waiting)
+    times = [ends_at[name] for name in waiting]
+    if lacks and brought_at is not None:
+        times.append(brought_at)
+    return max(times, default=None)
 
 
 def choose(wanted: Sequence[tuple[StageSpec, float]], running: Sequence[Running], gpus: int,

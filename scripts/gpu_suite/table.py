@@ -19,6 +19,7 @@ _RECORD = 0.25  # several engines at once, with little memory each
 _MAINS: dict[BackendName, tuple[float, float]] = {"vllm": (_SIDE, 400), "sglang": (_SIDE, 330), "lmdeploy": (0.2, 400)}
 _BENCH_S: dict[BackendName, float] = {"vllm": 600, "sglang": 540, "lmdeploy": 300}
 _START_S: dict[BackendName, float] = {"vllm": 110, "sglang": 110, "lmdeploy": 40}  # beside others, a small model
+_RESTART_S = 90  # seen: 64 to 85 on one GPU
 _CPU_PATIENCE = 10
 _FORMS = ("awq", "gptq")
 # (module, its mapping of names to stages): the stages that other parts declare
@@ -159,6 +160,8 @@ def _demo_quant(engine: BackendName) -> StageSpec:
 def _parallel(engine: BackendName) -> StageSpec:
     with_big = engine == "vllm"  # what two GPUs gain is asked of one engine
     estimate_s = _START_S[engine] + 40 + (_START_S[engine] + 80 if with_big else 0)
+    if engine == "lmdeploy":  # an adapter starts it again, on its slower PyTorch engine
+        estimate_s += _RESTART_S
     after = ("small", "weights") if with_big else ("small",)
     return _stage(f"parallel-{engine}", partial(jobs.parallel, engine, with_big=with_big), estimate_s, gpus=2,
                   after=after, engines=(engine,))  # fmt: skip

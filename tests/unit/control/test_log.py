@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import queue
 import sys
 import threading
 
@@ -61,6 +62,28 @@ def test_a_log_says_at_its_end_what_it_dropped() -> None:
         logger.warning("no room")
     handler.close()
     assert os.read(reading, 4096) == b'{"dropped_log_lines":3}\n'
+    os.close(reading)
+    os.close(writing)
+
+
+def test_dropped_lines_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the collector, run by the telling, ends what logs too."""
+
+    class Telling(queue.SimpleQueue[bytes | None]):
+        def put(self, item: bytes | None, block: bool = True, timeout: float | None = None) -> None:
+            super().put(item)
+            if item is not None and b"dropped" in item:
+                logger.warning("collected")
+
+    reading, writing = os.pipe()
+    with monkeypatch.context() as patched:
+        patched.setattr(queue, "SimpleQueue", Telling)
+        logger, handler = aside(writing)
+    handler._dropped = 3
+    logger.warning("the next")
+    handler.close()
+    lines = [json.loads(line) for line in os.read(reading, 4096).splitlines()]
+    assert [line.get("dropped_log_lines") or line["note"] for line in lines] == [3, "collected", "the next"]
     os.close(reading)
     os.close(writing)
 

@@ -202,6 +202,20 @@ def test_a_pointers_moves_are_kept_in_order(store: Store) -> None:
     assert store.history("two", 10) == []
 
 
+def test_a_name_is_not_on_its_way_to_what_failed(store: Store) -> None:
+    first = store.add_version("one", new("1"), Cause("", "uploaded")).newest
+    second = store.add_version("one", new("2"), Cause("", "uploaded")).newest
+    failed = store.set_state(second, VersionState.FAILED, "refused")
+    assert failed is not None and failed.coming is None
+    assert failed.target is not None and failed.target[0] == first, "the only one that works"
+    serves = store.set_current(first)
+    again = store.set_state(second, VersionState.VALIDATED, "")  # sent again, without promotion
+    assert serves is not None and again is not None and serves.target is None and again.target is None
+    store.set_coming(second, Cause("", ""))
+    other = store.set_state(first, VersionState.FAILED, "refused")
+    assert other is not None and other.coming is not None
+
+
 def test_canaries_and_aliases_come_back(tmp_path: Path, store: Store) -> None:
     store.add_version("one", new("1"))
     store.add_version("one", new("2"))

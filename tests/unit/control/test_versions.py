@@ -154,6 +154,20 @@ async def test_promotion_waits_for_replicas(start: Start) -> None:
         assert all(replica.adapter_ready(loading) for replica in world.replicas)
 
 
+async def test_a_version_that_is_ready_late_does_not_undo_a_promotion(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with api(start) as (world, client):
+        for seed in (1, 2):
+            await upload(world, client, "tuned", seed)
+        seen = world.core.registry.adapters["tuned"]
+        assert (await post(client, "tuned/promote", version=1))["current_version"] == 1
+        monkeypatch.setattr(world.core, "_risen", lambda: [(seen, (seen.versions[2], Cause("", "uploaded")))])
+        for _ in range(2):  # the second round begins when the first has moved what it moves
+            await world.core.published()
+        assert world.core.registry.adapters["tuned"].current == 1
+
+
 async def test_deleting_one_version(start: Start) -> None:
     async with api(start) as (world, client):
         await upload(world, client, "tuned", 1)

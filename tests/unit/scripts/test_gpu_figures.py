@@ -122,3 +122,5 @@ def test_two_gpus_are_started_without_multicast() -> None:
     small, large = (parallel_job.flags(engine, small=small) for small in (True, False))
     assert "--engine-arg=--disable-custom-all-reduce" in small and "--engine-arg=--enforce-eager" in small
     assert large[large.index("--tp") + 1] == "2" and "--engine-arg=--enforce-eager" not in large
+    [fused] = [flag for flag in large if flag.startswith("--engine-arg=--compilation-config=")]
+    assert json.loads(fused.split("=", 2)[2]) == {"pass_config": {"fuse_allreduce_rms": False}}

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from scripts.gpu_suite import machine, memory, table
 from scripts.gpu_suite.probes import Repeated
+from scripts.gpu_suite.quantized import FAST_KERNELS, on_fast_kernel
 from scripts.gpu_suite.serving import nudged
 from scripts.gpu_suite.stages import Options
 
@@ -116,3 +117,13 @@ def test_nudged_adapters_are_all_others_with_the_same_numbers(tmp_path: Path, dt
     assert len({file.read_bytes() for file in files}) == 10
     for file in files:
         assert np.allclose(load_file(file)["x"], own, rtol=2 * np.finfo(dtype).eps, atol=0)
+
+
+def test_the_log_of_an_engine_names_its_fast_kernel() -> None:
+    vllm, sglang = FAST_KERNELS["vllm"], FAST_KERNELS["sglang"]
+    assert on_fast_kernel("INFO [auto_awq.py:473] Using MacheteLinearKernel for AutoAWQMarlinLinearMethod", vllm)
+    assert not on_fast_kernel("INFO non-default args: {'model': '/models/awq_marlin'}", vllm)
+    marlin = "The model is convertible to awq_marlin during runtime. Using awq_marlin kernel.\n"
+    assert on_fast_kernel(marlin, sglang)
+    plain = "Layer 'qkv_proj' is not supported by AWQMarlin. Falling back to unoptimized AWQ kernels.\n"
+    assert not on_fast_kernel(marlin + plain, sglang)

@@ -104,6 +104,26 @@ def test_a_file_that_comes_later(tmp_path: Path) -> None:
     assert run(tmp_path, {"peers": SAVE}, [waiting], until_s=30)["peers"]["status"] == "ok"
 
 
+def in_order_of_beginning(out: Path) -> list[str]:
+    """Four stages that take the only GPU whole; two wait for a tool, which either of the others brings."""
+    stages = [stage("weights", estimate_s=1, share=1.0, files=lambda options: [options.out / "tool"])]
+    stages += [stage("bench", estimate_s=1, share=1.0, after=("weights",))]
+    stages += [stage("train", estimate_s=50, share=1.0), stage("quick", estimate_s=0, share=1.0)]
+    bring = "open(f'{OUT}/tool', 'w').close(); " + SAVE
+    found = run(out, {"weights": SAVE, "bench": SAVE, "train": bring, "quick": bring}, stages, until_s=500)
+    return sorted(found, key=lambda name: found[name]["began_s"])
+
+
+def test_what_is_brought_finds_its_place_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_BROUGHT_S", 30.0)
+    assert in_order_of_beginning(tmp_path) == ["quick", "weights", "bench", "train"]
+
+
+def test_it_is_not_kept_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_BROUGHT_S", 0.0)
+    assert in_order_of_beginning(tmp_path)[0] == "train"
+
+
 def test_sigterm_ends_every_stage(tmp_path: Path) -> None:
     """The whole command line, ended while a stage runs."""
     environment = os.environ | {"TUNEGATE_HOME": str(tmp_path / "home")}

@@ -70,6 +70,9 @@ def test_when_one_that_waits_for_others_can_begin() -> None:
     assert soon(spec, {"oracle": True}, "", {"weights": 70.0}) == 70.0
     assert soon(spec, {}, "", {"weights": 70.0}) is None, "the oracle has not begun"
     assert soon(spec, {"oracle": True}, "waits for vllm", {"weights": 70.0}) is None
+    assert soon(spec, {"oracle": True}, "waits for vllm", {"weights": 70.0}, brought_at=240.0) == 240.0
+    assert soon(stage("record"), {}, "waits for vllm", {}, brought_at=240.0) == 240.0
+    assert soon(spec, {}, "waits for vllm", {"weights": 70.0}, brought_at=240.0) is None, "the oracle has not begun"
 
 
 def judged(spec: StageSpec, passed: dict[str, bool] | None = None, lacks: str = "", gpus: int = 1,
