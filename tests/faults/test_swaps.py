@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from gateway.cli.adapters import adapters
+from gateway.cli.residency import adapters
 from tests.proofs.swaps import run
 from tests.support.engines import adapter, chat, checkpoint, script, upload
 from tests.support.gateway import Gateway, gateway
@@ -60,7 +60,7 @@ def test_versions_by_command_line(served: Gateway, tmp_path: Path) -> None:
     assert "points to v1" in cli("promote", "tuned@v1", "--expect", "2")
     assert "contradict" in cli("promote", "tuned@v1", "--version", "2", status=1)
     assert "tuned@v2" in cli("list") + cli("show", "tuned@v2")
-    assert "is kept loaded; ready on r0, r1" in cli("load", "tuned")
+    assert "is kept loaded, on r0, r1" in cli("load", "tuned")
     cli("unload", "tuned")
     cli("alias", "prod", "--delete")
     assert chat(served, "prod").status_code == 404

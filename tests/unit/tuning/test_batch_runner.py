@@ -108,9 +108,12 @@ async def test_answers_that_cannot_be_written_fail_the_batch(batches: Batches, m
     monkeypatch.setattr(Work, "_encode", full)
     batch = await create(batches)
     async with running(batches):
-        failed = await until(lambda now: now.status == "failed", batches, batch.id)
+        # It is told first, and its folder goes then.
+        failed = await until(
+            lambda now: now.status == "failed" and not batches.folder(batch).exists(), batches, batch.id
+        )
     assert [fault.message for fault in failed.faults] == ["the batch cannot be kept: No space left on device"]
-    assert failed.failed_at and not batches.folder(batch).exists()
+    assert failed.failed_at
 
 
 async def test_answers_outlive_a_failed_handover(batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
