@@ -213,9 +213,7 @@ class Residents:
             self._load_s = {name: took_s for name, took_s in self._load_s.items() if name in held}
 
     def _take_back_rows(self) -> None:
-        for replica in self._replicas:
-            self.rows.release(replica.id, tuple(replica.adapters))
-        self.rows.release_others({replica.id for replica in self._replicas})
+        self.rows.release({replica.id: replica.adapters for replica in self._replicas})
 
     def _seat(self, replica: Replica, now_s: float) -> Seat:
         held = {}

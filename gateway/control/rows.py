@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
 
 from gateway.observe.cells import ADAPTER_ROW, ADAPTER_ROW_CELLS, MAX_ADAPTER_ROWS
 
@@ -34,16 +34,12 @@ class Rows:
         """What the second cell of its row said when the row was given: requests of others, not its own."""
         return self._ever[place]
 
-    def release(self, replica: str, kept: Sequence[str]) -> None:
-        """Take back the rows of what is on the replica no more. Those with requests in flight keep theirs."""
-        self._take_back([p for p in self._rows if p[0] == replica and p[1] is not None and p[1] not in kept])
+    def release(self, held: Mapping[str, Collection[str]]) -> None:
+        """Take back the rows of adapters that their replica holds no more, and all those of replicas that are gone.
 
-    def release_others(self, replicas: Collection[str]) -> None:
-        """The same of all replicas but these: they are gone, the base with them."""
-        self._take_back([place for place in self._rows if place[0] not in replicas])
-
-    def _take_back(self, places: Sequence[Place]) -> None:
-        for place in places:
+        held: replica id -> content ids. Those with requests in flight keep their rows.
+        """
+        for place in [place for place in self._rows if not _is_held(place, held)]:
             row = self._rows[place]
             if row == _SHARED or not self._read(_cell(row)):
                 del self._rows[place], self._ever[place]
@@ -72,3 +68,8 @@ class Rows:
 
 def _cell(row: int) -> int:
     return ADAPTER_ROW + ADAPTER_ROW_CELLS * row
+
+
+def _is_held(place: Place, held: Mapping[str, Collection[str]]) -> bool:
+    replica, content_id = place
+    return replica in held and (content_id is None or content_id in held[replica])

@@ -35,7 +35,7 @@ def test_a_row_that_is_given_again_counts_for_its_new_adapter_alone() -> None:
     cells.ask("a-1", 5)
     cells.demand.look(1.0)
     first = cells.rows.cell("r0", "a-1")
-    cells.rows.release("r0", ())
+    cells.rows.release({"r0": ()})
     assert cells.rows.cell("r0", "a-2") == first
     cells.ask("a-2", 2)
     cells.demand.look(2.0)
@@ -47,7 +47,7 @@ def test_one_that_comes_back_to_another_row_is_counted_on() -> None:
     cells = Cells()
     cells.ask("a-1", 5)
     cells.demand.look(1.0)
-    cells.rows.release("r0", ())
+    cells.rows.release({"r0": ()})
     cells.ask("a-2", 9)  # takes its row
     cells.ask("a-1", 1)
     cells.demand.look(2.0)
@@ -57,7 +57,7 @@ def test_one_that_comes_back_to_another_row_is_counted_on() -> None:
 def test_a_row_with_requests_in_flight_is_kept() -> None:
     cells = Cells()
     cells.values[cells.rows.cell("r0", "a-1")] = 1
-    cells.rows.release("r0", ())
+    cells.rows.release({"r0": ()})
     assert cells.rows.cell("r0", "a-2") != cells.rows.cell("r0", "a-1")
 
 
@@ -68,13 +68,13 @@ def test_a_replica_that_is_gone_gives_back_its_rows() -> None:
         first, base = cells.rows.cell("r1", "a-1"), cells.rows.cell("r1", None)
         kept = cells.rows.cell("r0", None)
         cells.values[base] = 1
-        cells.rows.release_others({"r0"})
+        cells.rows.release({"r0": ()})
         assert cells.rows.places == {("r0", None): kept, ("r1", None): base}  # what is in flight there is still counted
         cells.values[base] = 0
-        cells.rows.release_others({"r0"})
+        cells.rows.release({"r0": ()})
         assert cells.rows.places == {("r0", None): kept}
         assert {cells.rows.cell("r2", None), cells.rows.cell("r2", "a-1")} == {first, base}
-        cells.rows.release_others({"r0"})
+        cells.rows.release({"r0": ()})
 
 
 def test_one_is_asked_for_from_its_first_request_on() -> None:
