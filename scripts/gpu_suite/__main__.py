@@ -2,7 +2,8 @@
 
 Without names all stages run, in the order of the table (--list prints it); with names these, in the order given, and
 those that they come after. Each is a process of its own, which sees only its GPUs (those of the NVIDIA driver, or of
-CUDA_VISIBLE_DEVICES); stages that only check share one, those that measure have theirs to themselves.
+CUDA_VISIBLE_DEVICES); stages that only check share one, those that measure have theirs to themselves. Where there is
+one GPU, those of the bench start side by side on it, and measure in turn while nothing else is busy there.
 DIR/STAGE.log holds what a stage printed, DIR/STAGE/ its files, DIR/made/ what stages make for others, and
 DIR/results.json everything that is known, rewritten whenever that changes. A stage with a DIR/STAGE.json is through
 and is run again only with --again.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from scripts.gpu_suite import machine, table
@@ -32,6 +34,9 @@ def main() -> int:
         points=tuple(arguments.points), text=arguments.text and arguments.text.resolve(),
         peer_pythons=dict(arguments.peer_python),
     )  # fmt: skip
+    found = machine.gpus() if options.device == "cuda" else []
+    if found:
+        options = replace(options, gpus=len(found), gpu_bytes=min(gpu.memory_bytes for gpu in found))
     known = table.stages(options)
     for part, why in known.broken.items():
         print(f"{part} is left out: {why}", flush=True)
@@ -45,7 +50,6 @@ def main() -> int:
             print(f"{stage.name}: {stage.gpus} x {stage.share:g} GPU, {stage.estimate_s:g} s{after} "
                   f"{lacks(stage, options)}")  # fmt: skip
         return 0
-    found = machine.gpus() if options.device == "cuda" else []
     if options.device == "cuda" and not found:
         sys.exit("the NVIDIA driver lists no GPU that CUDA_VISIBLE_DEVICES allows; use --device cpu")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +79,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--flag", action="append", default=[], type=lambda text: tuple(text.split(":", 1)),
                         metavar="ENGINE:FLAG", help="a flag of `gateway serve` for one engine")  # fmt: skip
     parser.add_argument("--bench-shape", default="qwen3-8b", help="of the random weights: qwen3-8b, qwen3-1.7b, tiny")
-    parser.add_argument("--points", nargs="*", default=[], help="only these points of the table, such as c64 c64-8lora")
+    parser.add_argument("--points", nargs="*", default=[],
+                        help="only these points of the table, such as c64 bench-vllm:c64-8lora")  # fmt: skip
     parser.add_argument("--text", type=Path, help="a text file that perplexity is taken on")
     return parser.parse_args()
 

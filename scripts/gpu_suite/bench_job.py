@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import random
@@ -19,6 +20,7 @@ import httpx2
 
 from backends import registry
 from backends.spec import AdapterLoading, BackendName
+from scripts.gpu_suite import quiet
 from scripts.gpu_suite.report import Report
 from scripts.gpu_suite.serving import KEY, Engine, Served, serving, upload
 from scripts.gpu_suite.swap_job import swap_under_load
@@ -27,6 +29,7 @@ _WORKLOAD = "random:512/128"
 _ADAPTER_SLOTS = 8
 _MAX_ADAPTERS = 96  # kept in the engine's host memory: all of the table's and the swap's, so that it is asked for any
 _UPLOADS = 4  # at a time
+PACKED = ("awq", "gptq")
 _CLIENTS = 32  # users of one load process
 
 
@@ -49,38 +52,55 @@ class Point:
 # The most wanted first: a run may be cut off.
 _BASE = (
     Point(64, 13.5, pairs=3, ramp_s=1.5),
-    Point(1, 20, pairs=20, workload="random:128/4", name="ttft"),
     Point(1, 10.5, pairs=3),
+    Point(256, 21, pairs=3, ramp_s=2.5),
     Point(16, 10.5, pairs=3, ramp_s=0.8),
-    Point(256, 14, pairs=2, ramp_s=2.5),
+    Point(1, 20, pairs=20, workload="random:128/4", name="ttft"),
 )
-_ADAPTERS = (Point(64, 9, 1, pairs=2, ramp_s=1.5), Point(64, 12, 8, ramp_s=1.5), Point(64, 12, 64, pairs=2, ramp_s=2))
+_ADAPTERS = (Point(64, 12, 1, ramp_s=1.5), Point(64, 12, 8, ramp_s=1.5), Point(64, 12, 64, ramp_s=2))
 _PACKED = (Point(1, 10.5), Point(64, 13.5, ramp_s=1.5))  # one user first: what 4 bits are for
 
 
 def points(engine: BackendName, form: str) -> list[Point]:
-    """The table of an engine; `form`: of 4 bits, "" for bfloat16. Adapters where they are loaded while it serves."""
-    if form:
+    """The table of an engine, in bfloat16 with adapters where it takes them while it serves; or by `form`:
+
+    awq, gptq: in 4 bits; plain: in bfloat16, started without slots for adapters; lora: with adapters loaded at start.
+    """
+    if form in PACKED:
         return list(_PACKED)
-    runtime = registry.get(engine).capabilities.adapter_loading is AdapterLoading.RUNTIME
-    return [*_BASE, *(_ADAPTERS if runtime else ())]
+    if form == "plain":
+        return [_PACKED[0]]
+    if form == "lora":
+        return [_BASE[0], *_ADAPTERS[:2]]
+    return [*_BASE, *(_ADAPTERS if _at_runtime(engine) else ())]
 
 
 def bench_job(report: Report, engine: Engine, model: Path, loras: list[Path], points: list[Point], work: Path) -> None:
-    """Start, measure each point with its adapters uploaded before it, and swap adapters under load."""
+    """Start, measure each point with its adapters uploaded before it, and swap adapters under load.
+
+    An engine that takes adapters only when it starts has them all before the first point. `work`: below the suite's own
+    directory, where it waits until its GPU is quiet.
+    """
     wanted = max((point.adapters for point in points), default=0)
+    runtime = _at_runtime(engine.name)
     flags = ["--max-model-len", "4096", "--dtype", _dtype(engine, model)]
     flags += ["--adapter-slots", str(_ADAPTER_SLOTS if wanted else 0), "--max-adapter-rank", "16"]
     flags += ["--max-adapters", str(_MAX_ADAPTERS)]
-    with serving(engine, model, work / "state", *flags, name="base") as served:
-        report.figures |= {"ready_s": served.ready_s, "version": served.version(), "kernels": served.kernels()}
-        report.figures |= {"workload": _WORKLOAD, "flags": flags, "upload_ready_s": [], "points": {}}
-        print(f"{report.stage}: ready after {served.ready_s} s", flush=True)
+    with contextlib.ExitStack() as stack:
+        with quiet.busy(work.parent):
+            served = stack.enter_context(serving(engine, model, work / "state", *flags, name="base"))
+            report.figures |= {"ready_s": served.ready_s, "version": served.version(), "kernels": served.kernels()}
+            report.figures |= {"workload": _WORKLOAD, "flags": flags, "upload_ready_s": [], "points": {}}
+            print(f"{report.stage}: ready after {served.ready_s} s", flush=True)
+            if not runtime:
+                _upload_missing(report, served, loras, wanted, at_once=max(1, wanted))
+        stack.enter_context(quiet.quiet(work.parent))
+        print(f"{report.stage}: its turn", flush=True)
         last = [point for point in points if point.adapters > _ADAPTER_SLOTS]
         for point in points:
             if point not in last:
                 _check_point(report, served, point, loras, work)
-        if wanted:
+        if wanted and runtime:
             with report.check("adapters swapped under load"):
                 _upload_missing(report, served, loras, 2)
                 swap_under_load(report, served, loras)
@@ -202,11 +222,15 @@ def _dtype(engine: Engine, model: Path) -> str:
     return "float16" if packed and engine.name == "lmdeploy" else "bfloat16"
 
 
-def _upload_missing(report: Report, served: Served, loras: list[Path], wanted: int) -> None:
+def _at_runtime(engine: BackendName) -> bool:
+    return registry.get(engine).capabilities.adapter_loading is AdapterLoading.RUNTIME
+
+
+def _upload_missing(report: Report, served: Served, loras: list[Path], wanted: int, at_once: int = _UPLOADS) -> None:
     assert len(loras) >= wanted, f"{len(loras)} adapters were made, {wanted} are wanted"
     times = report.figures["upload_ready_s"]
     missing = range(len(times), wanted)
-    with ThreadPoolExecutor(_UPLOADS) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         times += pool.map(lambda n: upload(served, f"tuned{n:02}", loras[n]), missing)
 
 

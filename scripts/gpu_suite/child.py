@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import traceback
 from types import FrameType
 
 from backends.lifeline import end_with_parent
-from scripts.gpu_suite import table
+from scripts.gpu_suite import quiet, table
 from scripts.gpu_suite.report import Report
 from scripts.gpu_suite.stages import Options
 
@@ -33,7 +34,9 @@ def main() -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        table.stages(options).stages[name].job(report, options, folder)
+        stage = table.stages(options).stages[name]
+        with contextlib.nullcontext() if stage.in_turn else quiet.busy(options.out):
+            stage.job(report, options, folder)
     except Exception as error:  # whatever it is, what the stage saw before is written down
         traceback.print_exc()
         with report.check("the stage ran to its end"):

@@ -13,7 +13,6 @@ from scripts.gpu_suite.serving import Engine
 from scripts.gpu_suite.stages import Options
 
 _ADAPTERS = 64
-_SWITCH_SHARE = 0.25  # three engines have room side by side
 
 
 def engine_of(options: Options, name: BackendName, share: float | None = None) -> Engine:
@@ -89,16 +88,17 @@ def quantized(engine: BackendName, form: str, report: Report, options: Options, 
 
 
 def bench(engine: BackendName, form: str, report: Report, options: Options, out: Path) -> None:
-    """The table of one engine, on random weights; `form`: of 4 bits, "" for bfloat16."""
+    """The table of one engine, on random weights; `form`: see `bench_job.points`."""
     from scripts.gpu_suite import bench_job
 
     shape = options.bench_shape
     report.figures["shape"] = shape
-    loras = [] if form else sorted(options.made(f"{shape}-lora").glob("a*"), key=lambda path: int(path.name[1:]))
+    packed = form in bench_job.PACKED
+    loras = [] if packed else sorted(options.made(f"{shape}-lora").glob("a*"), key=lambda path: int(path.name[1:]))
     points = bench_job.points(engine, form)
     if options.points:
-        points = [point for point in points if str(point) in options.points]
-    model = options.made(f"{shape}-{form}" if form else shape)
+        points = [point for point in points if {str(point), f"{report.stage}:{point}"} & set(options.points)]
+    model = options.made(f"{shape}-{form}" if packed else shape)
     bench_job.bench_job(report, engine_of(options, engine), model, loras, points, out)
 
 
@@ -106,17 +106,23 @@ def switch(engines: Sequence[BackendName], report: Report, options: Options, out
     """From engine to engine under load."""
     from scripts.gpu_suite.switch_job import switch_job
 
-    chosen = [engine_of(options, name, _SWITCH_SHARE) for name in engines]
+    chosen = [engine_of(options, name, options.share / len(engines)) for name in engines]  # all side by side
     switch_job(report, chosen, options.demo, options.made("oracle"), out)
 
 
-def parallel(engine: BackendName, report: Report, options: Options, out: Path, *, with_big: bool) -> None:
-    """One engine on two GPUs: the small model, and two points of the table with the bench's."""
+def parallel(engine: BackendName, report: Report, options: Options, out: Path) -> None:
+    """One engine on two GPUs, with the small model."""
     from scripts.gpu_suite.parallel_job import parallel_job
 
     small = options.made("small")
-    big = options.made(options.bench_shape) if with_big else None
-    parallel_job(report, engine_of(options, engine), small, small.with_suffix(".json"), big, out)
+    parallel_job(report, engine_of(options, engine), small, small.with_suffix(".json"), out)
+
+
+def parallel_bench(engine: BackendName, report: Report, options: Options, out: Path) -> None:
+    """One engine on two GPUs, two points of the table."""
+    from scripts.gpu_suite.parallel_job import parallel_points
+
+    parallel_points(report, engine_of(options, engine), options.made(options.bench_shape), out)
 
 
 def record(engine: BackendName, report: Report, options: Options, out: Path) -> None:

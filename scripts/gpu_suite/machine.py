@@ -20,20 +20,22 @@ class Gpu:
     uuid: str
     name: str
     memory_bytes: int
+    free_bytes: int
     driver: str
 
 
 def gpus() -> list[Gpu]:
     """The GPUs that this process may use, in the order of CUDA_VISIBLE_DEVICES; none without a driver."""
-    said = _said("nvidia-smi", "--query-gpu=index,uuid,name,memory.total,driver_version",
+    said = _said("nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free,driver_version",
                  "--format=csv,noheader,nounits")  # fmt: skip
     return visible(parse(said), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def parse(listing: str) -> list[Gpu]:
-    """Read nvidia-smi's lines: index, uuid, name, MiB, driver."""
-    rows = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines() if line.count(",") == 4]
-    return [Gpu(index, uuid, name, int(mib) << 20, driver) for index, uuid, name, mib, driver in rows]
+    """Read nvidia-smi's lines: index, uuid, name, MiB in all, MiB free, driver."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines() if line.count(",") == 5]
+    return [Gpu(index, uuid, name, int(mib) << 20, int(free) << 20, driver)
+            for index, uuid, name, mib, free, driver in rows]  # fmt: skip
 
 
 def visible(found: list[Gpu], named: str | None) -> list[Gpu]:

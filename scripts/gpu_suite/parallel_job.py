@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,19 @@ _PLAIN_ALL_REDUCE = {
     "vllm": ("--disable-custom-all-reduce", '--compilation-config={"pass_config":{"fuse_allreduce_rms":false}}'),
     "sglang": ("--disable-custom-all-reduce",),
 }
-_HELD_BYTES = 256 << 20  # on a GPU: less is a CUDA context's, or a driver's
+_HELD_BYTES = 256 << 20  # on a GPU: less is a CUDA context's
 _STOP_S = 120.0
 
 
-def parallel_job(report: Report, engine: Engine, model: Path, expected: Path, big: Path | None, work: Path) -> None:
-    """`--tp 2` with the small model, then two points of the table with the large one, if one is given."""
+def parallel_job(report: Report, engine: Engine, model: Path, expected: Path, work: Path) -> None:
+    """`--tp 2` with the small model."""
     answers: Expected = json.loads(expected.read_text())
     report.figures["environment"] = _NO_MULTICAST
-    before = used_bytes()
     with serving(engine, model, work / "state", *flags(engine, small=True), name="base", env=_NO_MULTICAST) as served:
-        report.figures |= {"ready_s": served.ready_s, "version": served.version(), "used_before": before}
+        report.figures |= {"ready_s": served.ready_s, "version": served.version()}
         print(f"{report.stage}: ready after {served.ready_s} s", flush=True)
         with report.check("both GPUs hold a part"):
-            report.figures["held_bytes"] = held = _held(before)
+            report.figures["held_bytes"] = held = used_bytes(descendants(served.gateway.process.pid))
             assert engine.device == "cpu" or (len(held) == 2 and min(held.values()) > _HELD_BYTES), held
         with report.check("the engine's processes have the environment"):
             _environment_passed(served)
@@ -53,26 +53,36 @@ def parallel_job(report: Report, engine: Engine, model: Path, expected: Path, bi
         if adapter.exists():
             with report.check("an adapter answers as peft does, and not as the base"):
                 _adapter(report, served, adapter, answers)
-        _stop(report, served, before)
-    if big is None:
-        return
+        _stop(report, served)
+
+
+def parallel_points(report: Report, engine: Engine, big: Path, work: Path) -> None:
+    """`--tp 2` with the table's model: two of its points."""
     with serving(engine, big, work / "big", *flags(engine, small=False), name="base", env=_NO_MULTICAST) as served:
-        report.figures |= {"big_ready_s": served.ready_s, "points": {}}
+        report.figures |= {"ready_s": served.ready_s, "version": served.version(), "points": {}}
         for point in _POINTS:
             with report.check(f"{big.name}, {point}"):
                 found = report.figures["points"][str(point)] = measure(served, point, work)
                 print(f"{report.stage}: {point}: {in_short(found)}", flush=True)
 
 
-def used_bytes() -> dict[str, int]:
-    """UUID -> what is taken on each GPU that this process may use, by anybody; {} without a driver."""
-    mine = {gpu.uuid for gpu in machine.gpus()}
-    if not mine:
+def used_bytes(pids: Collection[int]) -> dict[str, int]:
+    """UUID -> what these processes take on each GPU, as the driver counts it; {} without a driver."""
+    if not machine.gpus():
         return {}
-    command = ["nvidia-smi", "--query-gpu=uuid,memory.used", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-compute-apps=pid,gpu_uuid,used_memory", "--format=csv,noheader,nounits"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    rows = [line.split(",") for line in said.splitlines() if line.count(",") == 1]
-    return {uuid.strip(): int(mib) << 20 for uuid, mib in rows if uuid.strip() in mine}
+    return of_processes(said, pids)
+
+
+def of_processes(listing: str, pids: Collection[int]) -> dict[str, int]:
+    """Read nvidia-smi's lines: process, UUID of the GPU, MiB."""
+    found: dict[str, int] = {}
+    for line in listing.splitlines():
+        pid, uuid, mib = (cell.strip() for cell in line.split(","))
+        if int(pid) in pids:
+            found[uuid] = found.get(uuid, 0) + (int(mib) << 20)
+    return found
 
 
 def flags(engine: Engine, *, small: bool) -> list[str]:
@@ -82,10 +92,6 @@ def flags(engine: Engine, *, small: bool) -> list[str]:
         return [*given, "--dtype", "float32"]
     arguments = [*_PLAIN_ALL_REDUCE.get(engine.name, ()), *((FAST_START[engine.name],) if small else ())]
     return [*given, "--tp", "2", "--dtype", "bfloat16", *(f"--engine-arg={argument}" for argument in arguments)]
-
-
-def _held(before: dict[str, int]) -> dict[str, int]:
-    return {gpu: now - before.get(gpu, 0) for gpu, now in used_bytes().items()}
 
 
 def _environment_passed(served: Served) -> None:
@@ -117,7 +123,7 @@ def _adapter(report: Report, served: Served, adapter: Path, answers: Expected) -
             report.figures["adapter_sure_tokens"] = as_reference(client, "adapter", answers["adapter"])
 
 
-def _stop(report: Report, served: Served, before: dict[str, int]) -> None:
+def _stop(report: Report, served: Served) -> None:
     """End the gateway; processes and memory are gone afterwards."""
     with report.check("a stop leaves nothing on either GPU"):
         below = descendants(served.gateway.process.pid)
@@ -127,5 +133,4 @@ def _stop(report: Report, served: Served, before: dict[str, int]) -> None:
         assert status == 0, status
         left = [command_line(pid) for pid in below if command_line(pid)]
         assert not left, left
-        eventually(lambda: max(_held(before).values(), default=0) < _HELD_BYTES, 30)
-        report.figures["left_bytes"] = _held(before)
+        eventually(lambda: not used_bytes(below), 30)

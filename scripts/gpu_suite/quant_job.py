@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from scripts.gpu_suite.programs import end, last_words, run
 from scripts.gpu_suite.report import Report
 from scripts.gpu_suite.stages import Options, StageSpec
 from tests.proofs.quant_peers.tools import PEERS, TOOLS
@@ -38,9 +39,7 @@ _SAME = {
     "ours-awq": ("llmc-awq", "gptqmodel-awq"),
 }
 _PEER_OF = {tool.name: tool.peer for tool in TOOLS}
-_END_S = 20  # for a program to end what it started
 _LOOK_S = 2.0
-_SAID = 1500  # characters of a failed program's log
 
 
 def whole(method: str, report: Report, options: Options, out: Path) -> None:
@@ -52,7 +51,7 @@ def whole(method: str, report: Report, options: Options, out: Path) -> None:
     try:
         with report.check(f"{method}, {options.bench_shape}"):
             started = time.monotonic()
-            _ended(command, out / "quant.log", 700)
+            run(command, out / "quant.log", 700)
             report.figures["wall_s"] = round(time.monotonic() - started, 1)
             own = json.loads((made / "quant_report.json").read_text())
             linears = [linear for layer in own["layers"] for linear in layer["linears"]]
@@ -102,7 +101,7 @@ def quality(report: Report, options: Options, out: Path) -> None:
     _watch(report, {name: out / name for name in running}, running)
     for name in running:
         with report.check(f"all tools of {name} ran"):
-            assert running[name].returncode == 0, _last_words(running[name], out / f"{name}.log")
+            assert running[name].returncode == 0, last_words(running[name], out / f"{name}.log")
             assert not (failed := _failed(report.figures[name])), failed
     rows = {key: row for name in running for key, row in _rows(report, name).items() if "perplexity" in row}
     for ours, theirs in _SAME.items():
@@ -123,7 +122,7 @@ def nccl(report: Report, options: Options, out: Path) -> None:
         with (out / "run.log").open("wb") as log:
             process = subprocess.Popen([*command, "gptq", "awq"], stdout=log, stderr=log)
         _watch(report, {"run": run}, {"run": process})
-        assert process.returncode == 0, _last_words(process, out / "run.log")
+        assert process.returncode == 0, last_words(process, out / "run.log")
 
 
 QUANT_STAGES: dict[str, StageSpec] = {
@@ -167,7 +166,7 @@ def _proof(
     """Run quant_peers to its end and take its figures over as they grow. Raises AssertionError, when it failed."""
     process = _started(options, out, flags, tools, budget_s, 4)
     _watch(report, {out.name: out}, {out.name: process})
-    assert process.returncode == 0, _last_words(process, out.with_name(out.name + ".log"))
+    assert process.returncode == 0, last_words(process, out.with_name(out.name + ".log"))
 
 
 def _started(
@@ -210,32 +209,8 @@ def _watch(report: Report, folders: dict[str, Path], running: dict[str, subproce
             look()
     finally:
         for process in running.values():
-            _end(process)
+            end(process)
         look()
-
-
-def _ended(command: Sequence[str], log: Path, limit_s: float) -> None:
-    """Run to the end, the output in a file. Raises AssertionError with its last lines, TimeoutExpired."""
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream)
-    try:
-        process.wait(limit_s)
-    finally:
-        _end(process)
-    assert process.returncode == 0, _last_words(process, log)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(_END_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _last_words(process: subprocess.Popen[bytes], log: Path) -> str:
-    return f"exit status {process.returncode}: {log.read_text(errors='replace')[-_SAID:]}"
 
 
 def _figures(folder: Path) -> dict[str, Any]:

@@ -113,8 +113,7 @@ def memory_flags(engine: Engine, model: Path) -> list[str]:
     """What keeps the engine within its share of the GPU."""
     if engine.device == "cpu" or engine.share >= 1.0:
         return []
-    gpu = machine.gpus()[0]
-    return memory.flags(engine.name, engine.share, gpu.memory_bytes, memory.kv_bytes_a_token(model))
+    return memory.flags(engine.name, engine.share, machine.gpus()[0], model)
 
 
 @contextlib.contextmanager

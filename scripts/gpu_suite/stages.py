@@ -31,6 +31,8 @@ class Options:
     text: Path | None = None  # what perplexity is taken on
     peer_pythons: dict[str, Path] = field(default_factory=dict)  # peer's name -> its Python
     share: float = 1.0  # of each of its GPUs, for the stage that runs
+    gpus: int = 1  # of the machine
+    gpu_bytes: int = 80 << 30  # memory of the smallest of them
 
     @property
     def demo(self) -> Path:
@@ -79,6 +81,7 @@ class StageSpec:
     limit_s: float  # then its whole process group is ended
     gpus: int = 1
     share: float = 1.0  # of each GPU's memory; 1.0: it measures, and has the GPUs to itself
+    in_turn: bool = False  # it shares its GPU and yet measures: in turn with the others there, see `quiet.py`
     after: tuple[str, ...] = ()
     engines: tuple[BackendName, ...] = ()
     demo: bool = False

@@ -15,9 +15,13 @@ from scripts.gpu_suite import jobs
 from scripts.gpu_suite.stages import Job, Options, StageSpec
 
 _SIDE = 0.15  # of a GPU, for the demo model: several such stages run side by side
+_SWITCH_SHARE = 0.3  # for the demo model on three engines
 _RECORD = 0.25  # several engines at once, with little memory each
 _MAINS: dict[BackendName, tuple[float, float]] = {"vllm": (_SIDE, 400), "sglang": (_SIDE, 330), "lmdeploy": (0.2, 400)}
 _BENCH_S: dict[BackendName, float] = {"vllm": 600, "sglang": 540, "lmdeploy": 300}
+_SHARES_OF = 80 << 30  # bytes: of a larger GPU, a stage that shares it takes no more of them
+_BENCH_GB = {"": 49, "lora": 49, "plain": 34, "awq": 17, "gptq": 17}  # weights, cache of all the users, graphs
+_TURN_S = 900  # so long a stage may wait for its turn to measure, where all share one GPU
 _START_S: dict[BackendName, float] = {"vllm": 110, "sglang": 110, "lmdeploy": 40}  # beside others, a small model
 _RESTART_S = 90  # seen: 64 to 85 on one GPU
 _CPU_PATIENCE = 10
@@ -76,28 +80,36 @@ def stages(options: Options) -> Table:
     fast = [spec for spec in quant if spec.name in _FAST]
     rows = [
         *_made(),
-        _bench("vllm"),
-        _bench("sglang"),
+        _bench(options, "vllm"),
+        _bench(options, "sglang"),
         *map(_main, BACKEND_NAMES),
-        _stage("switch", partial(jobs.switch, BACKEND_NAMES), 380, after=("oracle",), engines=BACKEND_NAMES, demo=True),
-        *map(_parallel, BACKEND_NAMES),
-        _bench("lmdeploy"),
+        _switch(options),
+        _parallel("vllm"),
+        _parallel("lmdeploy"),
+        _parallel("sglang"),
+        _bench(options, "lmdeploy"),
+        _parallel_bench("vllm"),
         *fast,
-        _bench("vllm", "awq"),
+        _bench(options, "vllm", "awq"),
         *(_quant(engine, form) for engine in BACKEND_NAMES for form in _FORMS),
         _demo_quant("vllm"),
         _demo_quant("sglang"),
         *map(_record, BACKEND_NAMES),
         *(spec for spec in (*quant, *train) if spec not in fast),
-        _bench("vllm", "gptq"),
-        _bench("lmdeploy", "awq"),
-        _bench("sglang", "awq"),
-        _bench("lmdeploy", "gptq"),
-        _bench("sglang", "gptq"),
+        _bench(options, "vllm", "plain"),
+        _bench(options, "sglang", "plain"),
+        _bench(options, "vllm", "gptq"),
+        _bench(options, "lmdeploy", "awq"),
+        _bench(options, "sglang", "awq"),
+        _bench(options, "lmdeploy", "gptq"),
+        _bench(options, "sglang", "gptq"),
+        _bench(options, "lmdeploy", "lora"),
     ]
     for spec in rows:
         if options.device == "cpu":  # stages take turns there, and take their time
             spec = replace(spec, share=1.0, limit_s=_CPU_PATIENCE * spec.limit_s)
+        elif spec.share < 1.0 and not spec.in_turn:
+            spec = replace(spec, share=spec.share * min(1.0, _SHARES_OF / options.gpu_bytes))
         table.stages[spec.name] = spec
     return table
 
@@ -140,11 +152,15 @@ def _main(engine: BackendName) -> StageSpec:
                   engines=(engine,), demo=True)  # fmt: skip
 
 
-def _bench(engine: BackendName, form: str = "") -> StageSpec:
+def _bench(options: Options, engine: BackendName, form: str = "") -> StageSpec:
     name = f"bench-{engine}" + (f"-{form}" if form else "")
-    estimate_s = _START_S[engine] + 80 if form else _BENCH_S[engine]
-    return _stage(name, partial(jobs.bench, engine, form), estimate_s,
-                  after=("weights-packed" if form else "weights",), engines=(engine,))  # fmt: skip
+    estimate_s = _BENCH_S[engine] if form in ("", "lora") else _START_S[engine] + 80
+    spec = _stage(name, partial(jobs.bench, engine, form), estimate_s,
+                  after=("weights-packed" if form in _FORMS else "weights",), engines=(engine,))  # fmt: skip
+    if options.gpus > 1:
+        return spec
+    share = min(1.0, _BENCH_GB[form] * 1e9 / options.gpu_bytes)
+    return replace(spec, share=share, in_turn=True, limit_s=spec.limit_s + _TURN_S)
 
 
 def _quant(engine: BackendName, form: str) -> StageSpec:
@@ -157,14 +173,23 @@ def _demo_quant(engine: BackendName) -> StageSpec:
                   _START_S[engine], share=0.1, after=("checkpoint-demo",), engines=(engine,))  # fmt: skip
 
 
+def _switch(options: Options) -> StageSpec:
+    share = _SWITCH_SHARE if options.gpus == 1 else 1.0
+    return _stage("switch", partial(jobs.switch, BACKEND_NAMES), 380, share=share, after=("oracle",),
+                  engines=BACKEND_NAMES, demo=True)  # fmt: skip
+
+
 def _parallel(engine: BackendName) -> StageSpec:
-    with_big = engine == "vllm"  # what two GPUs gain is asked of one engine
-    estimate_s = _START_S[engine] + 40 + (_START_S[engine] + 80 if with_big else 0)
-    if engine == "lmdeploy":  # an adapter starts it again, on its slower PyTorch engine
-        estimate_s += _RESTART_S
-    after = ("small", "weights") if with_big else ("small",)
-    return _stage(f"parallel-{engine}", partial(jobs.parallel, engine, with_big=with_big), estimate_s, gpus=2,
-                  after=after, engines=(engine,))  # fmt: skip
+    # LMDeploy: an adapter starts it again, on its slower PyTorch engine. SGLang refuses GPUs that others fill unevenly.
+    estimate_s = _START_S[engine] + (40 + _RESTART_S if engine == "lmdeploy" else 40)
+    share = 1.0 if engine == "sglang" else _SIDE
+    return _stage(f"parallel-{engine}", partial(jobs.parallel, engine), estimate_s, gpus=2, share=share,
+                  after=("small",), engines=(engine,))  # fmt: skip
+
+
+def _parallel_bench(engine: BackendName) -> StageSpec:
+    return _stage(f"bench-{engine}-tp2", partial(jobs.parallel_bench, engine), _START_S[engine] + 80, gpus=2,
+                  after=("weights",), engines=(engine,))  # fmt: skip
 
 
 def _record(engine: BackendName) -> StageSpec:

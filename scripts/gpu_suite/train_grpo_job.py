@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from scripts.gpu_suite.programs import run
 from scripts.gpu_suite.report import Report
 from scripts.gpu_suite.serving import KEY, Engine, serving
 from scripts.gpu_suite.stages import Options
-from scripts.gpu_suite.train_process import run
 from trainer.events import read_events
 
 _EXAMPLE = Path(__file__).parents[2] / "examples" / "grpo"

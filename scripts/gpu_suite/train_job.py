@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from scripts.gpu_suite import machine
+from scripts.gpu_suite.programs import Ended, run
 from scripts.gpu_suite.report import Report
 from scripts.gpu_suite.stages import Options, StageSpec
 from scripts.gpu_suite.train_grpo_job import grpo
-from scripts.gpu_suite.train_process import Ended, run
 from scripts.gpu_suite.train_ranks_job import nccl
 
 _TOOL_LIMIT_S = 170.0

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from scripts.gpu_suite import machine
+from scripts.gpu_suite.programs import run
 from scripts.gpu_suite.report import Report
 from scripts.gpu_suite.stages import Options
-from scripts.gpu_suite.train_process import run
 from trainer.events import curve, read_events
 
 _RUN_LIMIT_S = 150.0

@@ -69,7 +69,8 @@ def test_several_choices(target: Target, client: openai.OpenAI) -> None:
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert len({choice.message.content for choice in answer.choices}) == 3
     assert answer.usage is not None
-    assert answer.usage.completion_tokens == 24
+    cut = sum(choice.finish_reason == "length" for choice in answer.choices)  # a model may end one by itself
+    assert 8 * cut <= answer.usage.completion_tokens <= 24
 
 
 def test_seed(target: Target, client: openai.OpenAI) -> None:

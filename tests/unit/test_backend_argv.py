@@ -155,8 +155,12 @@ def environment(given: EngineSpec, executable: str = "/env/bin/x", endpoint: End
     return dict(registry.get(given.backend).launch(given, (executable,), endpoint, {}).env)
 
 
-def test_environments() -> None:
-    assert environment(spec("vllm")) == {"VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": "-k3y"}
+def test_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert environment(spec("vllm", device="cpu")) == {"VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": "-k3y"}
+    assert environment(spec("vllm"))["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert environment(spec("vllm"))["OMP_NUM_THREADS"] == "4"
     assert environment(spec("vllm", adapter_slots=1))["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
     assert environment(spec("sglang", device="cpu")) == {
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",

@@ -14,6 +14,7 @@ import threading
 import pytest
 
 from gateway.control.log import Aside, JsonLines
+from tests.support.pipes import full_pipe
 from tests.support.wait import eventually
 
 
@@ -27,12 +28,7 @@ def aside(fd: int, kept: int = 100) -> tuple[logging.Logger, Aside]:
 
 
 def test_a_log_that_nobody_reads_holds_nobody_up() -> None:
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writing, b"x" * 4095 + b"\n")
-    os.set_blocking(writing, True)
+    reading, writing = full_pipe()
     logger, handler = aside(writing, kept=100)
     for number in range(1000):
         logger.warning("line %d", number)

@@ -19,6 +19,7 @@ from gateway.observe.log import Access, AccessLog
 from gateway.relay.link import Link
 from gateway.snapshot import Applied, Model, Replica, Snapshot
 from tests.support.connections import Connections
+from tests.support.pipes import full_pipe
 
 
 class Control:
@@ -203,12 +204,7 @@ async def test_a_reader_that_does_not_read_stops_nothing(monkeypatch: pytest.Mon
 
 async def test_a_note_waits_for_no_reader_either() -> None:
     """It would hold up every request of its relay."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writing, b"x" * 4095 + b"\n")
-    os.set_blocking(writing, True)
+    reading, writing = full_pipe()
     log = AccessLog(writing, asyncio.get_running_loop())
     log.note("the link to control broke")
     log.flush()

@@ -17,9 +17,11 @@ _MS = 1_000_000
 
 def test_the_table_begins_with_what_is_wanted_most() -> None:
     names = [str(point) for point in bench_job.points("vllm", "")]
-    assert names == ["c64", "ttft", "c1", "c16", "c256", "c64-1lora", "c64-8lora", "c64-64lora"]
+    assert names == ["c64", "c1", "c256", "c16", "ttft", "c64-1lora", "c64-8lora", "c64-64lora"]
     assert [str(point) for point in bench_job.points("lmdeploy", "")] == names[:5]
+    assert [str(point) for point in bench_job.points("lmdeploy", "lora")] == ["c64", "c64-1lora", "c64-8lora"]
     assert [str(point) for point in bench_job.points("sglang", "awq")] == ["c1", "c64"]
+    assert [str(point) for point in bench_job.points("sglang", "plain")] == ["c1"]
 
 
 def test_a_ratio_has_the_uncertainty_of_both() -> None:

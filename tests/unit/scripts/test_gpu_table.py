@@ -15,7 +15,7 @@ GPUS = 4
 
 def begun() -> dict[str, float]:
     """When each stage begins where everything that it needs lies on the machine from the start."""
-    waiting = list(table.stages(Options(Path("/nowhere"))).stages.values())
+    waiting = list(table.stages(Options(Path("/nowhere"), gpus=GPUS)).stages.values())
     running: list[Running] = []
     passed: dict[str, bool] = {}
     found: dict[str, float] = {}

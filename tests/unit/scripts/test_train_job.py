@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from backends import proctree
-from scripts.gpu_suite import train_grpo_job, train_process
+from scripts.gpu_suite import programs, train_grpo_job
 from scripts.gpu_suite.stages import Options
 from scripts.gpu_suite.train_job import TRAIN_STAGES, compared, python_of
 
@@ -62,8 +62,8 @@ def test_a_program_past_its_limit_is_ended_with_what_it_started(tmp_path: Path) 
         "time.sleep(600)\n"
     )
     pid = tmp_path / "pid"
-    with pytest.raises(train_process.Ended, match=r"(?s)not through in its time.*so far"):
-        train_process.run([sys.executable, "-c", code], tmp_path / "log", 3.0)
+    with pytest.raises(programs.Ended, match=r"(?s)not through in its time.*so far"):
+        programs.run([sys.executable, "-c", code], tmp_path / "log", 3.0)
     assert proctree.start_ticks(int(pid.read_text())) is None
 
 
@@ -71,13 +71,11 @@ def test_a_program_is_killed_once_what_was_waited_for_is_there(tmp_path: Path) -
     seen = tmp_path / "seen"
     code = f"import pathlib, time; pathlib.Path({str(seen)!r}).touch(); time.sleep(600)"
     started = time.monotonic()
-    assert train_process.run([sys.executable, "-c", code], tmp_path / "log", 60.0, kill_when=seen.exists)
+    assert programs.run([sys.executable, "-c", code], tmp_path / "log", 60.0, kill_when=seen.exists)
     assert time.monotonic() - started < 60
-    assert not train_process.run(
-        [sys.executable, "-c", ""], tmp_path / "log", 60.0, kill_when=seen.with_name("x").exists
-    )
-    with pytest.raises(train_process.Ended, match="exit status 3"):
-        train_process.run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", 60.0, {"A": os.sep})
+    assert not programs.run([sys.executable, "-c", ""], tmp_path / "log", 60.0, kill_when=seen.with_name("x").exists)
+    with pytest.raises(programs.Ended, match="exit status 3"):
+        programs.run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", 60.0, {"A": os.sep})
 
 
 def test_every_stage_has_room_between_its_estimate_and_its_limit() -> None:

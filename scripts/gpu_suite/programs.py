@@ -1,4 +1,4 @@
-"""Programs that the trainer's stages run, each with a limit; what they started ends with them."""
+"""Programs that the trainer's and the quantizer's stages run; what they started ends with them."""
 
 from __future__ import annotations
 
@@ -51,17 +51,18 @@ def run(
             except subprocess.TimeoutExpired:
                 continue
     finally:
-        if process.poll() is None:
-            end(process)
+        end(process)
     if killed:
         return True
     if process.returncode:
-        raise Ended(f"{why}exit status {process.returncode}: {tail(log)}")
+        raise Ended(why + last_words(process, log))
     return False
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill it and all below it, whatever their groups and sessions, and wait until they are gone."""
+    """Unless it has ended: kill it and all below it, in any group and session, and wait until they are gone."""
+    if process.poll() is not None:
+        return
     below = proctree.descendants(process.pid)
     born = {pid: proctree.start_ticks(pid) for pid in below}
     for pid in (*below, process.pid):
@@ -73,7 +74,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
         time.sleep(_POLL_S)
 
 
-def tail(log: Path) -> str:
-    """The end of a log, without the many lines of a progress bar."""
+def last_words(process: subprocess.Popen[bytes], log: Path) -> str:
+    """How it ended, and the end of its log, without the many lines of a progress bar."""
     lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
-    return "\n".join(line for line in lines if "it/s]" not in line and "s/it]" not in line)[-_TOLD_CHARACTERS:]
+    said = "\n".join(line for line in lines if "it/s]" not in line and "s/it]" not in line)
+    return f"exit status {process.returncode}: {said[-_TOLD_CHARACTERS:]}"
