@@ -100,6 +100,11 @@ CAUSES = (
         "Only {0} of the GPU's {1} GiB are free; end what else uses it or lower --memory-fraction.",
     ),
     Cause(
+        r"The memory capacity is unbalanced[^\n]*?pre_model_load_memory=(\d+)[^\n]*?local_gpu_memory=(\d+)",
+        "One of the engine's GPUs has {0} GiB free where another has {1}, and SGLang wants them alike; end what else "
+        "uses them, or choose others with CUDA_VISIBLE_DEVICES.",
+    ),
+    Cause(
         r"Available memory on node \d+ \(([\d.]+)/([\d.]+) GiB\)[^\n]*?is less than",
         "Only {0} of the machine's {1} GiB are free; end what else uses it, lower --memory-fraction, or serve a "
         "smaller model.",
@@ -215,6 +220,11 @@ CAUSES = (
     Cause(
         r"(?:No package metadata was found for|ModuleNotFoundError: No module named) '?([\w.-]+)'?",
         "The engine's environment lacks the package {0}; install the engine again (`gateway engines install`).",
+    ),
+    Cause(
+        r"Multi-nodes support requires `ray`",
+        "The engine's environment lacks the package ray, without which LMDeploy takes no adapters with --tp; install "
+        "the engine again (`gateway engines install`).",
     ),
     Cause(
         r"ImportError: ([^\n]+)",

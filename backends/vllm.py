@@ -146,8 +146,7 @@ def _environment(spec: EngineSpec, executable: tuple[str, ...], endpoint: Endpoi
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
     if spec.device == "cuda":
         # It copies an adapter tensor by tensor into pinned memory, in the loop that steps the model. With a thread for
-        # each core that took 4 s for 504 tensors, nearly all in waking threads; with one, 0.1 s. With --tp it sets this
-        # itself.
+        # each core that took 4 s for 504 tensors; with one, 0.1 s. By its source it sets this itself with --tp.
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     if spec.device == "cpu" and (libraries := _preloads(Path(executable[0]).parent.parent)):
         environment["LD_PRELOAD"] = ":".join(libraries)

@@ -23,13 +23,13 @@ from backends.spec import AdapterLoading, BackendName
 from scripts.gpu_suite import quiet
 from scripts.gpu_suite.report import Report
 from scripts.gpu_suite.serving import KEY, Engine, Served, serving, upload
+from scripts.gpu_suite.stages import FORMS
 from scripts.gpu_suite.swap_job import swap_under_load
 
 _WORKLOAD = "random:512/128"
 _ADAPTER_SLOTS = 8
 _MAX_ADAPTERS = 96  # kept in the engine's host memory: all of the table's and the swap's, so that it is asked for any
 _UPLOADS = 4  # at a time
-PACKED = ("awq", "gptq")
 _CLIENTS = 32  # users of one load process
 
 
@@ -66,7 +66,7 @@ def points(engine: BackendName, form: str) -> list[Point]:
 
     awq, gptq: in 4 bits; plain: in bfloat16, started without slots for adapters; lora: with adapters loaded at start.
     """
-    if form in PACKED:
+    if form in FORMS:
         return list(_PACKED)
     if form == "plain":
         return [_PACKED[0]]
@@ -87,14 +87,15 @@ def bench_job(report: Report, engine: Engine, model: Path, loras: list[Path], po
     flags += ["--adapter-slots", str(_ADAPTER_SLOTS if wanted else 0), "--max-adapter-rank", "16"]
     flags += ["--max-adapters", str(_MAX_ADAPTERS)]
     with contextlib.ExitStack() as stack:
-        with quiet.busy(work.parent):
+        with quiet.busy(work.parent, report.stage):
             served = stack.enter_context(serving(engine, model, work / "state", *flags, name="base"))
-            report.figures |= {"ready_s": served.ready_s, "version": served.version(), "kernels": served.kernels()}
-            report.figures |= {"workload": _WORKLOAD, "flags": flags, "upload_ready_s": [], "points": {}}
+            report.figures |= {"ready_s": served.ready_s, "workload": _WORKLOAD, "flags": flags}
+            report.figures |= {"upload_ready_s": [], "points": {}}
             print(f"{report.stage}: ready after {served.ready_s} s", flush=True)
             if not runtime:
                 _upload_missing(report, served, loras, wanted, at_once=max(1, wanted))
-        stack.enter_context(quiet.quiet(work.parent))
+            report.figures |= {"version": served.version(), "kernels": served.kernels()}
+        stack.enter_context(quiet.quiet(work.parent, report.stage))
         print(f"{report.stage}: its turn", flush=True)
         last = [point for point in points if point.adapters > _ADAPTER_SLOTS]
         for point in points:

@@ -35,7 +35,7 @@ def main() -> int:
     folder.mkdir(parents=True)
     try:
         stage = table.stages(options).stages[name]
-        with contextlib.nullcontext() if stage.in_turn else quiet.busy(options.out):
+        with contextlib.nullcontext() if stage.in_turn else quiet.busy(options.out, name):
             stage.job(report, options, folder)
     except Exception as error:  # whatever it is, what the stage saw before is written down
         traceback.print_exc()

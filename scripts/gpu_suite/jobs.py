@@ -10,7 +10,7 @@ from pathlib import Path
 from backends.spec import BackendName
 from scripts.gpu_suite.report import Report
 from scripts.gpu_suite.serving import Engine
-from scripts.gpu_suite.stages import Options
+from scripts.gpu_suite.stages import FORMS, Options
 
 _ADAPTERS = 64
 
@@ -45,7 +45,7 @@ def weights(report: Report, options: Options, out: Path) -> None:
 
 def packed_weights(report: Report, options: Options, out: Path) -> None:
     """The same shape in 4 bits: as fast as a real one, and no more use than that."""
-    for form in ("awq", "gptq"):
+    for form in FORMS:
         with report.check(f"random {form} weights, {options.bench_shape}"):
             made = options.made(f"{options.bench_shape}-{form}")
             _torch(options, "packed", options.bench_shape, options.demo, made, form)
@@ -93,11 +93,13 @@ def bench(engine: BackendName, form: str, report: Report, options: Options, out:
 
     shape = options.bench_shape
     report.figures["shape"] = shape
-    packed = form in bench_job.PACKED
+    packed = form in FORMS
     loras = [] if packed else sorted(options.made(f"{shape}-lora").glob("a*"), key=lambda path: int(path.name[1:]))
     points = bench_job.points(engine, form)
     if options.points:
         points = [point for point in points if {str(point), f"{report.stage}:{point}"} & set(options.points)]
+    if not points:
+        raise LookupError(f"none of its points is among {', '.join(options.points)}")
     model = options.made(f"{shape}-{form}" if packed else shape)
     bench_job.bench_job(report, engine_of(options, engine), model, loras, points, out)
 

@@ -60,7 +60,7 @@ def run(
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Unless it has ended: kill it and all below it, in any group and session, and wait until they are gone."""
+    """Unless it has ended by itself: kill it and all below it, in any group and session, and wait for their end."""
     if process.poll() is not None:
         return
     below = proctree.descendants(process.pid)

@@ -19,6 +19,7 @@ from typing import Any
 from backends import envs, proctree
 from backends.base import BackendError
 from gateway.config import ConfigError
+from scripts.gpu_suite import quiet
 from scripts.gpu_suite.report import write_json
 from scripts.gpu_suite.schedule import Running, choose, soon, standing
 from scripts.gpu_suite.stages import Options, StageSpec
@@ -46,7 +47,9 @@ class StageProcess:
         self, stage: StageSpec, gpus: tuple[int, ...], options: Options, visible: str, command: Command
     ) -> None:
         self.stage, self.gpus = stage, gpus
-        self.began = time.monotonic()
+        self.began = self._looked = time.monotonic()
+        self._waits = quiet.mark(options.out, stage.name)
+        self._waits.unlink(missing_ok=True)
         self.why_ended = ""
         self._signalled_at = math.inf
         self._below: dict[int, int] = {}  # pid -> start ticks, of whatever was seen below it
@@ -69,6 +72,9 @@ class StageProcess:
         """Look at it: True once the process has ended and nothing that it started is left."""
         self.tell()
         now = time.monotonic()
+        if self._waits.exists():
+            self.began += now - self._looked
+        self._looked = now
         if self.process.poll() is None:
             ticks = {pid: proctree.start_ticks(pid) for pid in proctree.descendants(self.process.pid)}
             self._below |= {pid: started for pid, started in ticks.items() if started is not None}

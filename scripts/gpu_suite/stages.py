@@ -16,6 +16,8 @@ from backends.spec import BackendName
 from gateway import models
 from scripts.gpu_suite.report import Report
 
+FORMS = ("awq", "gptq")  # of 4 bits, that every engine takes
+
 
 @dataclass(frozen=True)
 class Options:
@@ -78,10 +80,10 @@ class StageSpec:
     name: str
     job: Job
     estimate_s: float  # not begun where it would end past --until
-    limit_s: float  # then its whole process group is ended
+    limit_s: float  # then its whole process group is ended; waiting for its turn does not count
     gpus: int = 1
     share: float = 1.0  # of each GPU's memory; 1.0: it measures, and has the GPUs to itself
-    in_turn: bool = False  # it shares its GPU and yet measures: in turn with the others there, see `quiet.py`
+    in_turn: bool = False  # its job takes its turns on the GPU itself (`quiet.py`); others are busy from first to last
     after: tuple[str, ...] = ()
     engines: tuple[BackendName, ...] = ()
     demo: bool = False

@@ -12,7 +12,7 @@ from typing import Any
 
 from backends.spec import BACKEND_NAMES, BackendName
 from scripts.gpu_suite import jobs
-from scripts.gpu_suite.stages import Job, Options, StageSpec
+from scripts.gpu_suite.stages import FORMS, Job, Options, StageSpec
 
 _SIDE = 0.15  # of a GPU, for the demo model: several such stages run side by side
 _SWITCH_SHARE = 0.3  # for the demo model on three engines
@@ -20,12 +20,10 @@ _RECORD = 0.25  # several engines at once, with little memory each
 _MAINS: dict[BackendName, tuple[float, float]] = {"vllm": (_SIDE, 400), "sglang": (_SIDE, 330), "lmdeploy": (0.2, 400)}
 _BENCH_S: dict[BackendName, float] = {"vllm": 600, "sglang": 540, "lmdeploy": 300}
 _SHARES_OF = 80 << 30  # bytes: of a larger GPU, a stage that shares it takes no more of them
-_BENCH_GB = {"": 49, "lora": 49, "plain": 34, "awq": 17, "gptq": 17}  # weights, cache of all the users, graphs
-_TURN_S = 900  # so long a stage may wait for its turn to measure, where all share one GPU
+_BENCH_GB = {"": 49, "lora": 49, "plain": 34, "awq": 17, "gptq": 17}  # weights, a cache for 230 users, graphs
 _START_S: dict[BackendName, float] = {"vllm": 110, "sglang": 110, "lmdeploy": 40}  # beside others, a small model
 _RESTART_S = 90  # seen: 64 to 85 on one GPU
 _CPU_PATIENCE = 10
-_FORMS = ("awq", "gptq")
 # (module, its mapping of names to stages): the stages that other parts declare
 _GUESTS = (("quant_job", "QUANT_STAGES"), ("train_job", "TRAIN_STAGES"))
 
@@ -91,7 +89,7 @@ def stages(options: Options) -> Table:
         _parallel_bench("vllm"),
         *fast,
         _bench(options, "vllm", "awq"),
-        *(_quant(engine, form) for engine in BACKEND_NAMES for form in _FORMS),
+        *(_quant(engine, form) for engine in BACKEND_NAMES for form in FORMS),
         _demo_quant("vllm"),
         _demo_quant("sglang"),
         *map(_record, BACKEND_NAMES),
@@ -139,7 +137,7 @@ def _made() -> list[StageSpec]:
         _stage("small", jobs.small, 45, share=0.1, demo=True),
         *(
             _stage(f"checkpoint-{form}", partial(jobs.checkpoint, form), 70, share=0.1, after=("small",), demo=True)
-            for form in _FORMS
+            for form in FORMS
         ),
         _stage("checkpoint-demo", jobs.checkpoint_of_demo, 110, share=0.1, demo=True),
         _stage("weights-packed", jobs.packed_weights, 60, share=0.1, demo=True),
@@ -155,12 +153,9 @@ def _main(engine: BackendName) -> StageSpec:
 def _bench(options: Options, engine: BackendName, form: str = "") -> StageSpec:
     name = f"bench-{engine}" + (f"-{form}" if form else "")
     estimate_s = _BENCH_S[engine] if form in ("", "lora") else _START_S[engine] + 80
-    spec = _stage(name, partial(jobs.bench, engine, form), estimate_s,
-                  after=("weights-packed" if form in _FORMS else "weights",), engines=(engine,))  # fmt: skip
-    if options.gpus > 1:
-        return spec
-    share = min(1.0, _BENCH_GB[form] * 1e9 / options.gpu_bytes)
-    return replace(spec, share=share, in_turn=True, limit_s=spec.limit_s + _TURN_S)
+    share = min(1.0, _BENCH_GB[form] * 1e9 / options.gpu_bytes) if options.gpus == 1 else 1.0
+    return _stage(name, partial(jobs.bench, engine, form), estimate_s, share=share, in_turn=True,
+                  after=("weights-packed" if form in FORMS else "weights",), engines=(engine,))  # fmt: skip
 
 
 def _quant(engine: BackendName, form: str) -> StageSpec:

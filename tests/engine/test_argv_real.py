@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import uv
 
 from backends import envs, registry
+from backends import uv as project_uv
 from backends.base import Endpoint
 from backends.spec import BackendName, EngineSpec
 
@@ -254,7 +256,7 @@ def _lmdeploy_cli(host: envs.EngineEnv) -> Path:
     if not marker.exists() or marker.read_text() != pins:
         command = [uv.find_uv_bin(), "pip", "install", "--quiet", "--no-deps", "--python", str(host.python)]
         command += ["--target", str(LMDEPLOY_CLI), "--requirements", str(LMDEPLOY_CLI_PINS)]
-        subprocess.run(command, check=True, timeout=600)
+        subprocess.run(command, check=True, timeout=600, env=project_uv.environment(os.environ))
         marker.write_text(pins)
     return LMDEPLOY_CLI
 

@@ -99,6 +99,12 @@ LINES = [
         "ValueError: Available memory on node 0 (5.1/22.9 GiB) on startup is less than desired CPU memory utilization",
         "Only 5.1 of the machine's 22.9 GiB are free",
     ),
+    (
+        "RuntimeError: The memory capacity is unbalanced. Some GPUs may be occupied by other processes. "
+        "pre_model_load_memory=101.13543701171875, local_gpu_memory=138.31268310546875, local_gpu_memory * 0.9=124.5\n"
+        "[guard] 16:13:53 engine ended by SIGKILL, not sent by the gateway; ending",
+        "One of the engine's GPUs has 101 GiB free where another has 138",
+    ),
     ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "GPU ran out of memory"),
     (
         "[guard] 12:00:00 engine ended by SIGKILL, not sent by the gateway; ending",
@@ -158,6 +164,10 @@ LINES = [
     ("RuntimeError: Could not find nvcc and default cuda_home='/usr/local/cuda' doesn't exist", "set CUDA_HOME"),
     ("RuntimeError: Ninja build failed. Ninja output:\nninja: build stopped: subcommand failed.", "nvcc is missing"),
     ("ModuleNotFoundError: No module named 'flashinfer'", "lacks the package flashinfer"),
+    (
+        "lmdeploy - ERROR - base.py:55 - <Dist> check failed!\nMulti-nodes support requires `ray`.",
+        "lacks the package ray",
+    ),
     ("ImportError: libcudart.so.13: cannot open shared object file", "environment is broken (libcudart.so.13"),
     ("set `trust_remote_code=True` in LLM", "--engine-arg=--trust-remote-code"),
 ]

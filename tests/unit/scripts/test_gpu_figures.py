@@ -126,3 +126,9 @@ def test_two_gpus_are_started_without_multicast() -> None:
     assert large[large.index("--tp") + 1] == "2" and "--engine-arg=--enforce-eager" not in large
     [fused] = [flag for flag in large if flag.startswith("--engine-arg=--compilation-config=")]
     assert json.loads(fused.split("=", 2)[2]) == {"pass_config": {"fuse_allreduce_rms": False}}
+
+
+def test_memory_is_counted_by_process() -> None:
+    listing = "7, GPU-a, 100\n8, GPU-a, 50\n8, GPU-b, 1\n9, GPU-b, 900\n"
+    assert parallel_job.of_processes(listing, {7, 8}) == {"GPU-a": 150 << 20, "GPU-b": 1 << 20}
+    assert parallel_job.of_processes("", {7}) == {}

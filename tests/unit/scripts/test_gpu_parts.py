@@ -32,7 +32,7 @@ def test_every_part_can_be_read(known: table.Table) -> None:
 def test_stages_come_after_stages_that_exist_and_can_end_in_time(known: table.Table) -> None:
     for spec in known.stages.values():
         assert set(spec.after) <= known.stages.keys(), spec
-        assert 0 < spec.estimate_s < spec.limit_s <= (2000 if spec.in_turn else 900), spec
+        assert 0 < spec.estimate_s < spec.limit_s <= 900, spec
 
 
 def test_names_bring_what_they_come_after(known: table.Table) -> None:

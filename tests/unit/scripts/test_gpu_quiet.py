@@ -3,42 +3,46 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from scripts.gpu_suite.quiet import busy, quiet
+from scripts.gpu_suite.quiet import busy, mark, quiet
 from tests.support.wait import eventually
 
 
 @pytest.mark.parametrize("other", [busy, quiet])
-def test_nothing_begins_beside_a_measurement(tmp_path: Path, other: type) -> None:
-    seen: list[str] = []
+def test_nothing_begins_beside_a_measurement(
+    tmp_path: Path, other: Callable[[Path, str], AbstractContextManager[None]]
+) -> None:
+    begun = threading.Event()
 
     def neighbour() -> None:
-        seen.append("asks")
-        with other(tmp_path):
-            seen.append("begins")
+        with other(tmp_path, "neighbour"):
+            begun.set()
 
-    with quiet(tmp_path):
-        thread = threading.Thread(target=neighbour)
+    thread = threading.Thread(target=neighbour)
+    with quiet(tmp_path, "bench"):
+        assert not mark(tmp_path, "bench").exists()
         thread.start()
-        eventually(lambda: seen == ["asks"], 5)
-        thread.join(0.1)
-        assert seen == ["asks"]
+        eventually(mark(tmp_path, "neighbour").exists, 5)
+        assert not begun.is_set()
     thread.join(5)
-    assert seen == ["asks", "begins"]
+    assert begun.is_set()
+    assert not mark(tmp_path, "neighbour").exists()
 
 
 def test_what_is_busy_is_so_side_by_side(tmp_path: Path) -> None:
-    with busy(tmp_path), busy(tmp_path):
+    with busy(tmp_path, "one"), busy(tmp_path, "other"):
         assert [file.suffix for file in tmp_path.iterdir()] == [".lock"]
 
 
 def test_every_gpu_has_turns_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with quiet(tmp_path):
+    with quiet(tmp_path, "one"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,1")
-        with quiet(tmp_path):
+        with quiet(tmp_path, "other"):
             pass
     assert sorted(file.name for file in tmp_path.iterdir()) == ["gpu-0.lock", "gpu-1.lock", "gpu-2.lock"]

@@ -81,6 +81,12 @@ def test_a_stage_that_dies_keeps_what_it_had_seen(tmp_path: Path) -> None:
     assert found["log_end"] == "oh\n"
 
 
+def test_waiting_for_a_turn_does_not_count(tmp_path: Path) -> None:
+    waits = "import pathlib, time; mark = pathlib.Path(OUT, NAME + '.waits'); mark.touch(); time.sleep(2); "
+    found = run(tmp_path, {"bench": waits + "mark.unlink(); " + SAVE}, [stage("bench", limit_s=1.5)])
+    assert found["bench"]["status"] == "ok"
+
+
 def test_a_stage_over_its_limit_ends_with_all_that_it_started(tmp_path: Path) -> None:
     found = run(tmp_path, {"slow": HANG, "next": SAVE}, [stage("slow", limit_s=1.0, share=1.0), stage("next")])
     assert found["slow"]["why"] == ["the stage ran to its end: ended after its limit of 1 s"]
