@@ -170,7 +170,7 @@ def _demo_quant(engine: BackendName) -> StageSpec:
 
 def _switch(options: Options) -> StageSpec:
     share = _SWITCH_SHARE if options.gpus == 1 else 1.0
-    return _stage("switch", partial(jobs.switch, BACKEND_NAMES), 380, share=share, after=("oracle",),
+    return _stage("switch", partial(jobs.switch, BACKEND_NAMES), 420, share=share, after=("oracle",),
                   engines=BACKEND_NAMES, demo=True)  # fmt: skip
 
 

@@ -67,8 +67,8 @@ def test_requests_belong_to_the_window_that_they_were_sent_in() -> None:
 
 def test_every_engine_is_switched_to_both_ways() -> None:
     steps = [(step.mode, step.backend) for step in switch_job.plan(["vllm", "sglang", "lmdeploy"])]
-    assert steps[:3] == [("beside", "sglang"), ("beside", "lmdeploy"), ("replace", "vllm")]
-    assert steps[3:] == [("replace", "sglang"), ("replace", "lmdeploy"), ("beside", "vllm")]
+    assert steps[:4] == [("beside", "sglang"), ("replace", "lmdeploy"), ("replace", "vllm"), ("replace", "sglang")]
+    assert steps[4:] == [("beside", "lmdeploy"), ("beside", "vllm")]
 
 
 def test_flags_become_the_fields_of_a_switch() -> None:
