@@ -42,10 +42,14 @@ class EngineUnreachable(BackendError):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A process to start: `argv[0]` is absolute; `env` is added to the caller's cleaned environment."""
+    """A process to start: `argv[0]` is absolute; `env` is added to the caller's cleaned environment.
+
+    defaults: variables that the caller's environment may say otherwise.
+    """
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

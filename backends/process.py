@@ -213,7 +213,7 @@ def free_port() -> int:
 
 
 def engine_environment(launch: Launch, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The engine's environment: `inherited` less what is not its business, defaults, then the launch's own."""
+    """The engine's environment: defaults, `inherited` less what is not its business, then the launch's own."""
     kept = {
         name: value
         for name, value in inherited.items()
@@ -224,12 +224,13 @@ def engine_environment(launch: Launch, inherited: Mapping[str, str]) -> dict[str
     path = {"PATH": f"{Path(launch.argv[0]).parent}:{kept.get('PATH', os.defpath)}"}
     if launch.argv[0] == sys.executable:  # an emulated engine: it must find what we found, wherever we run from
         path["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    return _DEFAULTS | kept | path | dict(launch.env)
+    return _DEFAULTS | dict(launch.defaults) | kept | path | dict(launch.env)
 
 
 def digest(launch: Launch) -> str:
     """Identifies a command with its environment."""
-    return hashlib.sha256(json.dumps([launch.argv, sorted(launch.env.items())]).encode()).hexdigest()
+    environment = {**launch.defaults, **launch.env}
+    return hashlib.sha256(json.dumps([launch.argv, sorted(environment.items())]).encode()).hexdigest()
 
 
 def _converse(process: subprocess.Popen[bytes], task: bytes) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,11 +10,14 @@ import httpx2
 from backends import failures, scoring, upstream
 from backends.base import AdapterRejected, Backend, Endpoint, EngineUnreachable, Launch, UnsupportedSpec
 from backends.checks import check_capabilities, check_choice
-from backends.spec import AdapterLoading, Capabilities, EngineSpec
+from backends.spec import AdapterLoading, Capabilities, Device, EngineSpec
 
 _DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 _CPU_QUANTIZATIONS = ("awq", "gptq", "compressed-tensors")  # fp8 loads on the CPU and never answers
 _CPU_KV_CACHE_BYTES = 2 << 30  # vLLM's own default takes 0.9 of the machine's memory
+# On CUDA it copies an adapter tensor by tensor into pinned memory, in the loop that steps the model. With a thread for
+# each core that took 4 s for 504 tensors; with one, 0.1 s. By its source it sets this itself with --tp.
+_DEFAULTS: Mapping[Device, Mapping[str, str]] = {"cuda": {"OMP_NUM_THREADS": "1"}, "cpu": {}}
 _TCMALLOC = (
     "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4",
     "/usr/lib/aarch64-linux-gnu/libtcmalloc_minimal.so.4",
@@ -79,7 +81,7 @@ class Vllm(Backend):
             argv += ["--enable-auto-tool-choice", "--tool-call-parser", spec.tool_parser]
         if spec.reasoning_parser:
             argv += ["--reasoning-parser", spec.reasoning_parser]
-        return Launch((*argv, *spec.engine_args), _environment(spec, executable, endpoint))
+        return Launch((*argv, *spec.engine_args), _environment(spec, executable, endpoint), _DEFAULTS[spec.device])
 
     def _rank_limit(self, rank: int) -> int:
         """The smallest limit vLLM allows that admits `rank`."""
@@ -144,10 +146,6 @@ def _environment(spec: EngineSpec, executable: tuple[str, ...], endpoint: Endpoi
         environment["VLLM_API_KEY"] = endpoint.api_key  # arguments are visible to every user of the machine
     if spec.adapter_slots:
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-    if spec.device == "cuda":
-        # It copies an adapter tensor by tensor into pinned memory, in the loop that steps the model. With a thread for
-        # each core that took 4 s for 504 tensors; with one, 0.1 s. By its source it sets this itself with --tp.
-        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     if spec.device == "cpu" and (libraries := _preloads(Path(executable[0]).parent.parent)):
         environment["LD_PRELOAD"] = ":".join(libraries)
     return environment

@@ -50,15 +50,15 @@ class Point:
 
 
 # The most wanted first: a run may be cut off.
+_ONE, _MANY = Point(1, 10.5), Point(64, 13.5, ramp_s=1.5)
 _BASE = (
-    Point(64, 13.5, pairs=3, ramp_s=1.5),
-    Point(1, 10.5, pairs=3),
-    Point(256, 21, pairs=3, ramp_s=2.5),
-    Point(16, 10.5, pairs=3, ramp_s=0.8),
+    _MANY,
+    _ONE,
+    Point(256, 21, ramp_s=2.5),
+    Point(16, 10.5, ramp_s=0.8),
     Point(1, 20, pairs=20, workload="random:128/4", name="ttft"),
 )
 _ADAPTERS = (Point(64, 12, 1, ramp_s=1.5), Point(64, 12, 8, ramp_s=1.5), Point(64, 12, 64, ramp_s=2))
-_PACKED = (Point(1, 10.5), Point(64, 13.5, ramp_s=1.5))  # one user first: what 4 bits are for
 
 
 def points(engine: BackendName, form: str) -> list[Point]:
@@ -67,11 +67,11 @@ def points(engine: BackendName, form: str) -> list[Point]:
     awq, gptq: in 4 bits; plain: in bfloat16, started without slots for adapters; lora: with adapters loaded at start.
     """
     if form in FORMS:
-        return list(_PACKED)
+        return [_ONE, _MANY]  # one user first: what 4 bits are for
     if form == "plain":
-        return [_PACKED[0]]
+        return [_ONE]
     if form == "lora":
-        return [_BASE[0], *_ADAPTERS[:2]]
+        return [_MANY, *_ADAPTERS[:2]]
     return [*_BASE, *(_ADAPTERS if _at_runtime(engine) else ())]
 
 
@@ -92,8 +92,8 @@ def bench_job(report: Report, engine: Engine, model: Path, loras: list[Path], po
             report.figures |= {"ready_s": served.ready_s, "workload": _WORKLOAD, "flags": flags}
             report.figures |= {"upload_ready_s": [], "points": {}}
             print(f"{report.stage}: ready after {served.ready_s} s", flush=True)
-            if not runtime:
-                _upload_missing(report, served, loras, wanted, at_once=max(1, wanted))
+            if wanted and not runtime:
+                _upload_missing(report, served, loras, wanted, at_once=wanted)
             report.figures |= {"version": served.version(), "kernels": served.kernels()}
         stack.enter_context(quiet.quiet(work.parent, report.stage))
         print(f"{report.stage}: its turn", flush=True)

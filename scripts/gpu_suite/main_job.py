@@ -39,10 +39,8 @@ def main_job(report: Report, engine: Engine, model: Path, oracle: Path, work: Pa
     env, compiled = {}, jit_files()
     if registry.get(engine.name).capabilities.adapter_loading is AdapterLoading.AT_START:
         # A change of adapters starts it anew: only a second replica lets requests go on, and it shares the GPU.
-        engine, env = (
-            replace(engine, share=engine.share / 2),
-            {"CUDA_VISIBLE_DEVICES": ",".join([machine.first_visible()] * 2)},
-        )
+        engine = replace(engine, share=engine.share / 2)
+        env = {"CUDA_VISIBLE_DEVICES": ",".join([machine.first_visible()] * 2)}
         flags += ["--replicas", "2"]
     with (
         serving(engine, model, work / "state", *flags, name="demo", env=env) as served,

@@ -14,7 +14,7 @@ from backends.spec import BackendName
 from scripts.gpu_suite.machine import Gpu
 
 _KV_OF_SHARE = 0.45  # the rest is for weights, activations, graphs and CUDA's own
-_LMDEPLOY_MOST = 0.8
+_LMDEPLOY_MOST = 0.8  # its own default
 _SGLANG_STATIC = 0.9  # of what is free when it starts; the tokens are given, and neighbours take theirs meanwhile
 
 

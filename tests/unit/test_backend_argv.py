@@ -9,6 +9,7 @@ import pytest
 
 from backends import registry
 from backends.base import Endpoint, UnsupportedSpec
+from backends.process import engine_environment
 from backends.spec import BACKEND_NAMES, AdapterLoading, BackendName, EngineSpec
 
 ENDPOINT = Endpoint("127.0.0.1", 21000, "-k3y")
@@ -155,18 +156,22 @@ def environment(given: EngineSpec, executable: str = "/env/bin/x", endpoint: End
     return dict(registry.get(given.backend).launch(given, (executable,), endpoint, {}).env)
 
 
-def test_environments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert environment(spec("vllm", device="cpu")) == {"VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": "-k3y"}
-    assert environment(spec("vllm"))["OMP_NUM_THREADS"] == "1"
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert environment(spec("vllm"))["OMP_NUM_THREADS"] == "4"
+def test_environments() -> None:
+    assert environment(spec("vllm")) == {"VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": "-k3y"}
     assert environment(spec("vllm", adapter_slots=1))["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
     assert environment(spec("sglang", device="cpu")) == {
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
         "SGLANG_USE_CPU_ENGINE": "1",
     }
     assert environment(spec("lmdeploy")) == {"UVICORN_LOG_LEVEL": "warning"}
+
+
+def test_vllm_on_cuda_has_one_openmp_thread_unless_told_otherwise() -> None:
+    for device, defaults in (("cuda", {"OMP_NUM_THREADS": "1"}), ("cpu", {})):
+        launch = registry.get("vllm").launch(spec("vllm", device=device), ("/env/bin/x",), ENDPOINT, {})
+        assert launch.defaults == defaults
+        assert engine_environment(launch, {}).get("OMP_NUM_THREADS") == defaults.get("OMP_NUM_THREADS")
+        assert engine_environment(launch, {"OMP_NUM_THREADS": "4"})["OMP_NUM_THREADS"] == "4"
 
 
 def test_vllm_on_the_cpu_preloads_the_openmp_of_its_environment(tmp_path: Path) -> None:

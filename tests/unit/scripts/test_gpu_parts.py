@@ -33,6 +33,7 @@ def test_stages_come_after_stages_that_exist_and_can_end_in_time(known: table.Ta
     for spec in known.stages.values():
         assert set(spec.after) <= known.stages.keys(), spec
         assert 0 < spec.estimate_s < spec.limit_s <= 900, spec
+        assert spec.share == 1.0 or spec.gpus == 1 or spec.name in ("parallel-vllm", "parallel-lmdeploy"), spec
 
 
 def test_names_bring_what_they_come_after(known: table.Table) -> None:
