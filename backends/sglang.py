@@ -6,6 +6,7 @@ request that names it; so only names we know may reach it.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -88,6 +89,9 @@ class Sglang(Backend):
             argv += ["--max-lora-rank", str(spec.max_adapter_rank), "--lora-target-modules", "all"]
             if spec.device == "cpu":
                 argv += ["--lora-backend", "torch_native"]
+            elif spec.task == "generate" and _is_dense(spec.model_path):
+                # Its default launches adapter kernels in every decode step, for the base too: twice the time a token.
+                argv += ["--lora-backend", "triton_v2"]
         if spec.task == "embed":
             argv += ["--is-embedding"]
         if spec.tool_parser:
@@ -162,6 +166,23 @@ def _message(response: httpx2.Response) -> str:
     if "LoRA is not enabled" in message:
         raise UnsupportedSpec(f"the SGLang at {response.request.url.host} serves without adapters; {message}")
     return message
+
+
+def _is_dense(model: Path) -> bool:
+    """No mixture of experts, by its config.json: SGLang takes their adapters by `triton_v2` with other flags only.
+
+    False where it cannot be read: that is told when the checkpoint is opened.
+    """
+    try:
+        config = json.loads((model / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    if not isinstance(config, dict):
+        return False
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        config |= text
+    return not any("expert" in key and value for key, value in config.items())
 
 
 def _environment(spec: EngineSpec) -> dict[str, str]:

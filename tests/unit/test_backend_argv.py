@@ -174,6 +174,27 @@ def test_vllm_on_cuda_has_one_openmp_thread_unless_told_otherwise() -> None:
         assert engine_environment(launch, {"OMP_NUM_THREADS": "4"})["OMP_NUM_THREADS"] == "4"
 
 
+@pytest.mark.parametrize(
+    ("config", "changes", "flagged"),
+    [
+        ('{"model_type": "llama"}', {}, True),
+        ('{"model_type": "qwen3_moe", "num_experts": 128}', {}, False),
+        ('{"text_config": {"n_routed_experts": 64}}', {}, False),
+        ('{"num_local_experts": 0}', {}, True),
+        ('{"model_type": "llama"}', {"adapter_slots": 0}, False),
+        ('{"model_type": "llama"}', {"task": "embed"}, False),
+        ('{"model_type"', {}, False),
+        ("[]", {}, False),
+    ],
+)
+def test_sglang_spares_the_base_of_a_dense_model_the_adapters_kernels(
+    tmp_path: Path, config: str, changes: dict[str, Any], flagged: bool
+) -> None:
+    (tmp_path / "config.json").write_text(config)
+    given = argv(spec("sglang", **{"model_path": tmp_path, "adapter_slots": 4} | changes))
+    assert ("--lora-backend triton_v2" in given) is flagged
+
+
 def test_vllm_on_the_cpu_preloads_the_openmp_of_its_environment(tmp_path: Path) -> None:
     library = tmp_path / "lib" / "libiomp5.so"
     library.parent.mkdir()
