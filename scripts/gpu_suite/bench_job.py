@@ -26,6 +26,7 @@ from scripts.gpu_suite.serving import KEY, Engine, Served, serving, upload
 from scripts.gpu_suite.stages import FORMS
 from scripts.gpu_suite.swap_job import swap_under_load
 
+SWAP = "swap"  # what comes under load, beside the points
 _WORKLOAD = "random:512/128"
 _ADAPTER_SLOTS = 8
 _MAX_ADAPTERS = 96  # kept in the engine's host memory: all of the table's and the swap's, so that it is asked for any
@@ -75,7 +76,8 @@ def points(engine: BackendName, form: str) -> list[Point]:
     return [*_BASE, *(_ADAPTERS if _at_runtime(engine) else ())]
 
 
-def bench_job(report: Report, engine: Engine, model: Path, loras: list[Path], points: list[Point], work: Path) -> None:
+def bench_job(report: Report, engine: Engine, model: Path, loras: list[Path], points: list[Point], work: Path, *,
+              swap: bool = True) -> None:  # fmt: skip
     """Start, measure each point with its adapters uploaded before it, and swap adapters under load.
 
     An engine that takes adapters only when it starts has them all before the first point. `work`: below the suite's own
@@ -101,7 +103,7 @@ def bench_job(report: Report, engine: Engine, model: Path, loras: list[Path], po
         for point in points:
             if point not in last:
                 _check_point(report, served, point, loras, work)
-        if wanted and runtime:
+        if wanted and runtime and swap:
             with report.check("adapters swapped under load"):
                 _upload_missing(report, served, loras, 2)
                 swap_under_load(report, served, loras)

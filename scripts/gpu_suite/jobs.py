@@ -95,13 +95,16 @@ def bench(engine: BackendName, form: str, report: Report, options: Options, out:
     report.figures["shape"] = shape
     packed = form in FORMS
     loras = [] if packed else sorted(options.made(f"{shape}-lora").glob("a*"), key=lambda path: int(path.name[1:]))
-    points = bench_job.points(engine, form)
-    if options.points:
-        points = [point for point in points if {str(point), f"{report.stage}:{point}"} & set(options.points)]
+
+    def asked(point: object) -> bool:
+        return not options.points or bool({str(point), f"{report.stage}:{point}"} & set(options.points))
+
+    points = list(filter(asked, bench_job.points(engine, form)))
     if not points:
         raise LookupError(f"none of its points is among {', '.join(options.points)}")
     model = options.made(f"{shape}-{form}" if packed else shape)
-    bench_job.bench_job(report, engine_of(options, engine), model, loras, points, out)
+    swap = asked(bench_job.SWAP)
+    bench_job.bench_job(report, engine_of(options, engine), model, loras, points, out, swap=swap)
 
 
 def switch(engines: Sequence[BackendName], report: Report, options: Options, out: Path) -> None:

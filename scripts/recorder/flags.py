@@ -26,9 +26,12 @@ print("FLAGS " + json.dumps(flags))
 _PARSER = {
     "vllm": """
 try:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-except ImportError:  # before 0.30
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.common.cli_args import make_arg_parser
+except ImportError:  # before 0.33
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:  # before 0.30
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = make_arg_parser(FlexibleArgumentParser())
 """,
