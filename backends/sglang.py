@@ -21,6 +21,7 @@ from backends.spec import AdapterLoading, Capabilities, EngineSpec
 
 _log = logging.getLogger(__name__)
 _DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+_FLOAT32 = ("float", "float32")
 _CPU_KV_CACHE_TOKENS = 16_384  # its own default takes most of the machine's memory
 _WARM_UP_TIMEOUT_S = 400.0
 _CPU_ARGUMENTS = ("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch")
@@ -89,7 +90,7 @@ class Sglang(Backend):
             argv += ["--max-lora-rank", str(spec.max_adapter_rank), "--lora-target-modules", "all"]
             if spec.device == "cpu":
                 argv += ["--lora-backend", "torch_native"]
-            elif spec.task == "generate" and _is_dense(spec.model_path):
+            elif spec.task == "generate" and spec.dtype not in _FLOAT32 and _is_dense(spec.model_path):
                 # Its default launches adapter kernels in every decode step, for the base too: twice the time a token.
                 argv += ["--lora-backend", "triton_v2"]
         if spec.task == "embed":
@@ -177,12 +178,13 @@ def _is_dense(model: Path) -> bool:
         config = json.loads((model / "config.json").read_bytes())
     except (OSError, ValueError):
         return False
-    if not isinstance(config, dict):
-        return False
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        config |= text
-    return not any("expert" in key and value for key, value in config.items())
+    return isinstance(config, dict) and not _has_experts(config)
+
+
+def _has_experts(config: dict[str, object]) -> bool:
+    """The language model's part of a config has no one place: text_config, llm_config, thinker_config.text_config."""
+    return any(("expert" in key and bool(value)) or (isinstance(value, dict) and _has_experts(value))
+               for key, value in config.items())  # fmt: skip
 
 
 def _environment(spec: EngineSpec) -> dict[str, str]:

@@ -80,7 +80,7 @@ def _arguments() -> argparse.Namespace:
                         metavar="ENGINE:FLAG", help="a flag of `gateway serve` for one engine")  # fmt: skip
     parser.add_argument("--bench-shape", default="qwen3-8b", help="of the random weights: qwen3-8b, qwen3-1.7b, tiny")
     parser.add_argument("--points", nargs="*", default=[],
-                        help="only these points of the table, like c64 bench-vllm:c64-8lora; swap is one")  # fmt: skip
+                        help="only these points: c64 bench-vllm:c64-8lora; beside adapters swap")  # fmt: skip
     parser.add_argument("--text", type=Path, help="a text file that perplexity is taken on")
     return parser.parse_args()
 
