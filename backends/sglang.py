@@ -17,11 +17,10 @@ import httpx2
 from backends import failures, scoring, upstream
 from backends.base import AdapterRejected, Backend, Endpoint, EngineUnreachable, Launch, UnsupportedSpec
 from backends.checks import check_capabilities, check_choice
-from backends.spec import AdapterLoading, Capabilities, EngineSpec
+from backends.spec import FLOAT32_DTYPES, AdapterLoading, Capabilities, EngineSpec
 
 _log = logging.getLogger(__name__)
 _DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
-_FLOAT32 = ("float", "float32")
 _CPU_KV_CACHE_TOKENS = 16_384  # its own default takes most of the machine's memory
 _WARM_UP_TIMEOUT_S = 400.0
 _CPU_ARGUMENTS = ("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch")
@@ -90,7 +89,7 @@ class Sglang(Backend):
             argv += ["--max-lora-rank", str(spec.max_adapter_rank), "--lora-target-modules", "all"]
             if spec.device == "cpu":
                 argv += ["--lora-backend", "torch_native"]
-            elif spec.task == "generate" and spec.dtype not in _FLOAT32 and _is_dense(spec.model_path):
+            elif spec.task == "generate" and spec.dtype not in FLOAT32_DTYPES and _is_dense(spec.model_path):
                 # Its default launches adapter kernels in every decode step, for the base too: twice the time a token.
                 argv += ["--lora-backend", "triton_v2"]
         if spec.task == "embed":

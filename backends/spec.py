@@ -18,6 +18,7 @@ Task = Literal["generate", "embed"]
 
 BACKEND_NAMES: tuple[BackendName, ...] = ("vllm", "sglang", "lmdeploy")
 DEFAULT_MAX_ADAPTER_RANK = 64
+FLOAT32_DTYPES = ("float", "float32")  # what `--dtype` calls it
 
 
 class EngineSpec(BaseModel):

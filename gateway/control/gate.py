@@ -15,6 +15,7 @@ from typing import Literal
 import httpx2
 
 from backends.base import AdapterRejected, Backend, EngineBusy
+from backends.spec import FLOAT32_DTYPES
 from gateway.adapters.golden import Golden, Reference, read_reference
 from gateway.errors import InvalidRequest
 
@@ -101,7 +102,7 @@ def precision(dtype: str, quantized: bool) -> Precision:
     """What an engine computes in, by `--dtype` and its checkpoint. `auto` is 16 bits wide on every engine."""
     if quantized:
         return "quantized"
-    return "float32" if dtype in ("float32", "float") else "16-bit"
+    return "float32" if dtype in FLOAT32_DTYPES else "16-bit"
 
 
 def judge(goldens: Sequence[Golden], answers: Sequence[Sequence[float]], tolerance: float) -> Verdict:

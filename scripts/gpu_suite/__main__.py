@@ -80,7 +80,8 @@ def _arguments() -> argparse.Namespace:
                         metavar="ENGINE:FLAG", help="a flag of `gateway serve` for one engine")  # fmt: skip
     parser.add_argument("--bench-shape", default="qwen3-8b", help="of the random weights: qwen3-8b, qwen3-1.7b, tiny")
     parser.add_argument("--points", nargs="*", default=[],
-                        help="only these points: c64 bench-vllm:c64-8lora; beside adapters swap")  # fmt: skip
+                        help="only these points of the table, such as c64 bench-vllm:c64-8lora; "
+                             "swap, beside one with adapters, is the swap under load")  # fmt: skip
     parser.add_argument("--text", type=Path, help="a text file that perplexity is taken on")
     return parser.parse_args()
 

@@ -77,8 +77,8 @@ def points(engine: BackendName, form: str) -> list[Point]:
 
 
 def bench_job(report: Report, engine: Engine, model: Path, loras: list[Path], points: list[Point], work: Path, *,
-              swap: bool = True) -> None:  # fmt: skip
-    """Start, measure each point with its adapters uploaded before it, and swap adapters under load.
+              swap: bool) -> None:  # fmt: skip
+    """Start, measure each point with its adapters uploaded before it, and with `swap` swap adapters under load.
 
     An engine that takes adapters only when it starts has them all before the first point. `work`: below the suite's own
     directory, where it waits until its GPU is quiet.
